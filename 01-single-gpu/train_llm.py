@@ -37,6 +37,7 @@ from transformers import (
     GPT2Config,
     get_cosine_with_min_lr_schedule_with_warmup,
 )
+from transformers import logging as transformers_logging
 
 log = logging.getLogger("train_llm")
 
@@ -311,12 +312,14 @@ def load_documents(args):
 def build_model(args, config):
     """Return the model in float32: untrained from its config, or --pretrained."""
     try:
-        if not args.pretrained:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32)
+        if args.pretrained:
+            model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32)
+            model.resize_token_embeddings(config.vocab_size)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         sys.exit(explain("--model-name", args.model_name, error))
-    model.resize_token_embeddings(config.vocab_size)
+    model.loss_type = "ForCausalLM"  # what GPT-2 would fall back to, with a warning
     return model
 
 
@@ -469,7 +472,7 @@ def start_wandb(args, run_dir, history):
         mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
     options = {"project": "distributed-llm", "name": args.experiment_name, "dir": run_dir}
     options["config"] = {key: str(value) for key, value in vars(args).items()}
-    options["settings"] = wandb.Settings(init_timeout=20, console="off")
+    options["settings"] = wandb.Settings(init_timeout=20, console="off", quiet=True)
     try:
         run = wandb.init(mode=mode, **options)
     except wandb.errors.CommError:
@@ -530,6 +533,11 @@ def parse_args():
             raise argparse.ArgumentTypeError(f"must be at least 1, is {text}")
         return int(text)
 
+    def rate(text):
+        if not 0 < float(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be more than 0, is {text}")
+        return float(text)
+
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]  (--help lists them)")
     add = parser.add_argument
     # fmt: off
@@ -550,8 +558,8 @@ def parse_args():
         "default: batch size x processes")
     add("-s", "--seq-length", type=positive, metavar="N",
         help="tokens per sequence; default: as many as the model takes, at most 1024")
-    add("--lr", type=float, default=2e-3, help="peak learning rate; default 2e-3")
-    add("--warmup-steps", type=int, default=50, metavar="N",
+    add("--lr", type=rate, default=2e-3, help="peak learning rate; default 2e-3")
+    add("--warmup-steps", type=positive, default=50, metavar="N",
         help="steps of linear warm-up; a cosine down to 10 %% of --lr follows; default 50")
     add("--num-epochs", type=positive, metavar="N",
         help="stop after so many passes over the data; default: no limit but --max-steps")
@@ -575,6 +583,8 @@ def parse_args():
     args = parser.parse_args()
     if args.pretrained and not args.model_name:
         parser.error("--pretrained needs --model-name")
+    if args.experiment_name and Path(args.experiment_name).name != args.experiment_name:
+        parser.error(f"--experiment-name {args.experiment_name}: must be a name, not a path")
     return args
 
 
@@ -582,6 +592,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if not sys.stderr.isatty():
         disable_progress_bars()  # a log file is no place for them
+        transformers_logging.disable_progress_bar()
     try:
         main()
     except torch.OutOfMemoryError as error:

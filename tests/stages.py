@@ -1,0 +1,83 @@
+"""How the tests run a stage: as a reader does, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu"}
+
+
+def command(stage, *flags, processes=None, torchrun=()):
+    """Return the command line of a stage; processes: how many, through torchrun."""
+    script = str(ROOT / FOLDERS[stage] / "train_llm.py")
+    if stage == "01":
+        launcher = [sys.executable]
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", *torchrun]
+        launcher += [] if "--nnodes" in torchrun else ["--standalone"]
+        launcher += ["--nproc-per-node", str(processes or 1)]
+    return [*launcher, script, *map(str, flags)]
+
+
+def environment(**extra):
+    """One thread per process: with more threads than cores OpenMP's waiting costs minutes."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_HUB_OFFLINE"))}
+    env |= {"OMP_NUM_THREADS": "1", "HOME": os.environ.get("TEST_HOME", env["HOME"])}
+    return env | {key: str(value) for key, value in extra.items()}
+
+
+def train(stage, *flags, processes=None, torchrun=(), env=None, fails=False, timeout=180):
+    """Run a stage to its end. Return the finished process; assert that it succeeded (or failed)."""
+    done = subprocess.run(
+        command(stage, *flags, processes=processes, torchrun=torchrun),
+        env=environment(**(env or {})),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done
+
+
+def error_line(done):
+    """Return the one line that says what was wrong; there must be one, and no traceback."""
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert lines, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def metrics(run_dir):
+    """Return {step: row} of a run; no step may be there twice, nor out of order."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)), steps
+    return {row["step"]: row for row in rows}
+
+
+def worst_difference(one, other, keys=("loss", "grad_norm", "val_loss")):
+    """Return the largest relative difference of two runs' metrics, over all logged steps."""
+    assert one.keys() == other.keys()
+    worst = 0.0
+    for step in one:
+        for key in keys:
+            if key in one[step]:
+                a, b = one[step][key], other[step][key]
+                worst = max(worst, abs(a - b) / abs(a))
+    return worst
+
+
+def weights(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)["model"]
+
+
+def same_weights(one, other):
+    """Are the final weights of two runs equal, bit for bit?"""
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
