@@ -211,7 +211,8 @@ def load_tokenizer_and_config(args):
             **sizes, **dropout, vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos
         )
     else:
-        check_name("--model-name", args.model_name)
+        if not Path(args.model_name).is_dir():
+            check_name("--model-name", args.model_name)
         try:
             config = AutoConfig.from_pretrained(args.model_name)
             tokenizer = AutoTokenizer.from_pretrained(args.model_name)
@@ -589,7 +590,8 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
     if not sys.stderr.isatty():
         disable_progress_bars()  # a log file is no place for them
         transformers_logging.disable_progress_bar()

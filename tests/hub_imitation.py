@@ -63,9 +63,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.answer(200, info | {"siblings": [{"rfilename": name} for name in files]})
         elif rest.startswith("tree/"):
             below = "".join(rest.split("/", 2)[2:])
-            entries = [entry(name) for name in files if name.startswith(below)]
+            entries = {name: entry(name) for name in files if name.startswith(below)}
+            if "recursive=true" not in self.path:  # what lies deeper shows as its folder
+                for name in list(entries):
+                    parts = Path(name).relative_to(below).parts
+                    if len(parts) > 1:
+                        folder = str(Path(below, parts[0]))
+                        entries[folder] = {"type": "directory", "oid": COMMIT, "size": 0}
+                        entries[folder]["path"] = folder
+                        del entries[name]
             if entries or not below:
-                self.answer(200, entries)
+                self.answer(200, list(entries.values()))
             else:
                 self.answer(404, {"error": "not found"}, X_Error_Code="EntryNotFound")
         elif rest.startswith("paths-info/"):

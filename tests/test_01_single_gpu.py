@@ -34,7 +34,7 @@ def test_no_arguments_learns_writes_python_and_leaves_nothing(tmp_path):
     shutil.copy(ROOT / "01-single-gpu" / "train_llm.py", script)
     done = subprocess.run(
         [sys.executable, script],
-        env=environment(OMP_NUM_THREADS=os.cpu_count()),
+        env=environment(),
         cwd=tmp_path,
         capture_output=True,
         text=True,
