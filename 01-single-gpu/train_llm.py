@@ -41,6 +41,10 @@ from transformers import logging as transformers_logging
 
 log = logging.getLogger("train_llm")
 
+# A run may go on from a checkpoint only if these are what they were when it was written.
+TRAINING_FLAGS = """model_name pretrained dataset_name dataset_subset seq_length global_batch_size
+    seed lr warmup_steps dtype""".split()
+
 
 @logging_redirect_tqdm()  # log lines appear above the progress bar instead of inside it
 def main():
@@ -96,7 +100,8 @@ def main():
     # Resume: whatever the next step depends on comes back.
     step = samples_seen = 0
     run_dir = open_run_dir(args)
-    flags = training_flags(args, data_id)
+    flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in TRAINING_FLAGS}
+    flags["the data"] = data_id
     if run_dir and (run_dir / "checkpoint.pt").exists():
         checkpoint = load_checkpoint(run_dir / "checkpoint.pt", flags)
         model.load_state_dict(checkpoint["model"])
@@ -353,20 +358,10 @@ def open_run_dir(args):
     run_dir = args.save_dir / args.experiment_name
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "metrics.jsonl").touch()
-        if not os.access(run_dir / "metrics.jsonl", os.W_OK):
-            raise PermissionError(13, "Permission denied")
+        open(run_dir / "metrics.jsonl", "a").close()
     except OSError as error:
         sys.exit(f"error: --save-dir: cannot write to {run_dir}: {error.strerror}")
     return run_dir
-
-
-def training_flags(args, data_id):
-    """Return what must be the same when a run goes on: flag (or data) -> value."""
-    names = ["model_name", "pretrained", "dataset_name", "dataset_subset", "seq_length"]
-    names += ["global_batch_size", "seed", "lr", "warmup_steps", "dtype"]
-    flags = {"--" + name.replace("_", "-"): getattr(args, name) for name in names}
-    return flags | {"the data": data_id}
 
 
 def load_checkpoint(path, flags):

@@ -1,0 +1,90 @@
+"""Time the stages against the ceiling: python tests/benchmark.py [--rounds 5] [--steps 60]
+
+The ceiling is a bare loop: the same model and optimizer on rows already in memory, no data set,
+no log, no schedule, no checkpoint. The variants take turns, so that a machine whose speed drifts
+slows all of them; what counts is the ratio within a round, and its median.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BARE_LOOP = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM, GPT2Config
+steps = int(sys.argv[1])
+config = GPT2Config(n_layer=4, n_head=4, n_embd=192, n_positions=128, vocab_size=384,
+    resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, fused=True)
+forward = torch.compile(model) if device.type == "cuda" else model
+rows = torch.randint(0, 256, (64, 8, 128), device=device)
+def train(steps):
+    for step in range(steps):
+        ids = rows[step % 64]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    loss.item()
+train(20)
+start = time.perf_counter()
+train(steps)
+print(steps * 8 * 128 / (time.perf_counter() - start))
+"""
+
+
+def bare_loop(steps, folder):
+    """Return tokens/s of the bare loop, after 20 steps of warm-up."""
+    line = [sys.executable, "-c", BARE_LOOP, str(steps)]
+    return float(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+
+
+def stage_01(steps, folder):
+    """Return tokens/s as stage 01 logs them, likewise after 20 steps; it logs every 10."""
+    line = [sys.executable, ROOT / "01-single-gpu" / "train_llm.py", "-e", "run"]
+    line += ["--save-dir", folder, "--max-steps", str(20 + steps)]
+    subprocess.run(line, check=True, capture_output=True)
+    rows = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
+    # Equal numbers of tokens, so the harmonic mean; the last row has an evaluation after it.
+    return statistics.harmonic_mean([r["tokens_per_s"] for r in rows if r["step"] > 20])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100)
+    args = parser.parse_args()
+    import torch
+    import transformers
+
+    print(
+        f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} "
+        f"threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
+    )
+    ratios = []
+    for number in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            bare, stage = bare_loop(args.steps, folder), stage_01(args.steps, folder)
+        ratios.append(stage / bare)
+        print(f"round {number + 1}: bare loop {bare:,.0f}, stage 01 {stage:,.0f} tokens/s", end="")
+        print(f", ratio {ratios[-1]:.3f}", flush=True)
+    print(
+        f"stage 01 / bare loop: median {statistics.median(ratios):.3f}, "
+        f"from {min(ratios):.3f} to {max(ratios):.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What the READMEs say is what happens: their commands run, their generated parts are fresh."""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from stages import ROOT, environment
+
+READMES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md")])
+
+
+def commands():
+    """Yield (README, line) for each command in a bash block; the set-up lines are CI's own."""
+    for readme in READMES:
+        for block in re.findall(r"```bash\n(.*?)```", readme.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.startswith("pip install"):
+                    yield pytest.param(readme, line, id=f"{readme.parent.name}: {line}"[:90])
+
+
+def words_of(line):
+    """Return the environment and the script's arguments of a command line."""
+    words = shlex.split(line)
+    env = {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        env[name] = value
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return env, words[:at], words[at], words[at + 1 :]
+
+
+def parse(script, arguments):
+    """Hand arguments to the real argument parser of script."""
+    spec = importlib.util.spec_from_file_location("script", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, sys.argv = sys.argv, [str(script), *arguments]
+    try:
+        return module.parse_args()
+    finally:
+        sys.argv = before
+
+
+@pytest.mark.parametrize("readme, line", list(commands()))
+def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
+    env, launcher, script, arguments = words_of(line)
+    path = (readme.parent / script).resolve()
+    assert path.is_file(), f"{readme}: no such script: {script}"
+    if path.name != "train_llm.py":
+        subprocess.run([sys.executable, path, *arguments], cwd=readme.parent, check=True)
+        return
+    args = parse(path, arguments)
+    if args.model_name or "/" in (args.dataset_name or "").strip("~/."):
+        return  # the hub and a GPU are needed: parsing is all we can do
+    home = tmp_path / "home"
+    shutil.copytree(corpus / "text", home / "my-texts")
+    more = ["--max-steps", "2", "--save-dir", tmp_path / "outputs"]
+    arguments = [word.replace("~", str(home)) for word in arguments]
+    launcher = [sys.executable if word == "python" else word for word in launcher]
+    subprocess.run(
+        [*launcher, script, *arguments, *more],
+        cwd=readme.parent,
+        env=environment(**env),
+        check=True,
+        timeout=200,
+    )
+
+
+def test_the_set_up_lines_are_the_ones_that_ci_runs():
+    lines = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if "pip install" in line
+    ]
+    assert lines == [
+        "pip install -r requirements.txt && python 01-single-gpu/train_llm.py",
+        "pip install -r tests/requirements.txt && pytest",
+    ]
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_generated_parts_are_fresh():
+    line = [sys.executable, ROOT / "tests" / "update_readmes.py", "--check"]
+    subprocess.run(line, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_links_between_files_resolve():
+    for readme in READMES:
+        for target in re.findall(r"\]\(([^)#]+)", readme.read_text()):
+            if not target.startswith("http"):
+                assert (readme.parent / target).exists(), f"{readme}: {target}"
