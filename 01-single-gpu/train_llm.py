@@ -42,8 +42,8 @@ from transformers import logging as transformers_logging
 log = logging.getLogger("train_llm")
 
 # A run may go on from a checkpoint only if these are what they were when it was written.
-TRAINING_FLAGS = """model_name pretrained dataset_name dataset_subset seq_length global_batch_size
-    seed lr warmup_steps dtype""".split()
+TRAINING_FLAGS = ["model_name", "pretrained", "dataset_name", "dataset_subset", "seq_length"]
+TRAINING_FLAGS += ["global_batch_size", "seed", "lr", "warmup_steps", "dtype"]
 
 
 @logging_redirect_tqdm()  # log lines appear above the progress bar instead of inside it
@@ -179,6 +179,7 @@ def main():
                 }
                 if save_now:
                     row["val_loss"] = evaluate(model, val_data, args.batch_size, device, autocast)
+                    stop_if_not_finite([row["val_loss"]], step, run_dir)
                 write_metrics(row, run_dir, wandb_run, progress)
                 if save_now and run_dir:
                     checkpoint = {
@@ -347,8 +348,11 @@ def stop_if_not_finite(losses, step, run_dir):
     """Exit with the first step whose loss is no number; losses are those up to step."""
     for at, loss in enumerate(losses, start=step - len(losses) + 1):
         if not math.isfinite(loss):
-            kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if run_dir else ""
-            sys.exit(f"error: the loss is {loss} at step {at}: start anew with a lower --lr{kept}")
+            kept = run_dir and (run_dir / "checkpoint.pt").exists()
+            sys.exit(
+                f"error: the loss is {loss} at step {at}: start anew with a lower --lr"
+                + (f"; {run_dir / 'checkpoint.pt'} holds the last good state" if kept else "")
+            )
 
 
 def open_run_dir(args):

@@ -426,6 +426,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(flags, tmp
     at = int(re.search(r"the loss is (?:nan|inf) at step (\d+): ", line)[1])
     assert "lower --lr" in line and str(tmp_path / "run" / "checkpoint.pt") in line
     assert list(metrics(tmp_path / "run")) == list(range(1, at))
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
 def test_out_of_memory_names_the_flags(flags, tmp_path):
