@@ -52,8 +52,8 @@ def main():
 
     # Device and precision. The weights are float32 everywhere: autocast only runs the matrix
     # products in bf16. Pure bf16 weights would stop moving where a step is below their rounding.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     fast_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     args.dtype = args.dtype or ("bf16" if fast_bf16 else "fp32")
     args.compile = on_gpu if args.compile is None else args.compile
@@ -136,7 +136,7 @@ def main():
             train_data,
             args.batch_size,
             sampler=indices[position:epoch_samples],
-            generator=generator,
+            generator=torch.Generator(),
             pin_memory=on_gpu,
         )
         loss_sum = torch.zeros((), device=device)
@@ -144,7 +144,7 @@ def main():
             input_ids = batch["input_ids"].to(device, non_blocking=True)
             with autocast:
                 loss = training_model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-                loss = loss / micro_steps  # its share of the mean over the global batch
+            loss = loss / micro_steps  # its share of the mean over the global batch
             loss.backward()
             loss_sum += loss.detach()
             if micro_step % micro_steps != 0:
@@ -589,8 +589,8 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if not sys.stderr.isatty():
         disable_progress_bars()  # a log file is no place for them
         transformers_logging.disable_progress_bar()
