@@ -4,6 +4,7 @@ A part stands between <!-- begin NAME --> and <!-- end NAME -->. --check writes 
 with 1 if a part is stale.
 """
 
+import difflib
 import os
 import re
 import subprocess
@@ -21,7 +22,16 @@ def flags(folder):
     return f"```text\n{text.stdout.partition('options:')[2].strip(chr(10))}\n```"
 
 
-PARTS = {"flags": flags}
+def diff(folder):
+    """Return the diff from the stage before."""
+    stages = sorted(path.parent for path in ROOT.glob("*/train_llm.py"))
+    before = stages[stages.index(folder) - 1]
+    old, new = ((path / "train_llm.py").read_text().splitlines() for path in (before, folder))
+    names = (f"{path.name}/train_llm.py" for path in (before, folder))
+    return "\n".join(["```diff", *difflib.unified_diff(old, new, *names, lineterm="", n=1), "```"])
+
+
+PARTS = {"flags": flags, "diff": diff}
 
 
 def main():

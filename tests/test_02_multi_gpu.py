@@ -1,0 +1,271 @@
+"""What stage 02 promises: the training of stage 01, on several processes of one machine."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from stages import (
+    ROOT,
+    command,
+    environment,
+    error_line,
+    metrics,
+    same_weights,
+    train,
+    worst_difference,
+)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid):
+    """Return the process ids of the ranks that torchrun has started, in the order of the ranks."""
+    ranks = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            env = (stat.parent / "environ").read_bytes() if parent == pid else b""
+        except OSError:
+            continue
+        if match := re.search(rb"\0RANK=(\d+)\0", b"\0" + env):
+            ranks[int(match[1])] = int(stat.parent.name)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def start(*flags, processes=2, torchrun=(), env=None):
+    return subprocess.Popen(
+        command("02", *flags, processes=processes, torchrun=torchrun),
+        env=environment(**(env or {})),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill_rank(torchrun, rank, checkpoint, timeout=90):
+    """Kill a rank as soon as there is a checkpoint and the run goes on; return all ranks' pids."""
+    end = time.monotonic() + timeout
+    while not checkpoint.exists():
+        assert torchrun.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    ranks = children(torchrun.pid)
+    os.kill(ranks[rank], signal.SIGKILL)
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def alone(model, corpus, tmp_path_factory):
+    """Stage 01's run of 16 steps of 8 sequences: the curve that all others must follow."""
+    folder = tmp_path_factory.mktemp("alone")
+    flags = ["-m", model, "-d", corpus / "corpus.jsonl", "--save-dir", folder, "-e", "run"]
+    train("01", *flags, *STEPS, "-b", 8)
+    return folder / "run"
+
+
+STEPS = ["--max-steps", 16, "--log-freq", 1, "--ckpt-freq", 8, "--global-batch-size", 8]
+
+
+@pytest.mark.parametrize("processes, batch", [(1, 8), (1, 2), (2, 4), (2, 2), (4, 2), (4, 1)])
+def test_same_loss_curve(flags, alone, tmp_path, processes, batch):
+    done = train("02", *flags, *STEPS, "-b", batch, "-e", "run", processes=processes)
+    difference = worst_difference(metrics(alone), metrics(tmp_path / "run"))
+    print(f"{processes} processes, batch size {batch}: largest difference {difference:.1e}")
+    assert difference < 1e-4
+    assert metrics(tmp_path / "run")[16]["world_size"] == processes
+    assert "arning" not in done.stderr.replace("OMP_NUM_THREADS", ""), done.stderr
+
+
+def test_one_process_is_stage_01_bit_for_bit_also_with_dropout(flags, dropout_model, tmp_path):
+    flags += ["-m", dropout_model, "--max-steps", 6]
+    train("01", *flags, "-e", "alone")
+    train("02", *flags, "-e", "one")
+    assert same_weights(tmp_path / "alone", tmp_path / "one")
+
+
+def rows_read(flags, folder, stage, processes):
+    """Return the rows that each rank trains on in two epochs."""
+    line = command(stage, *flags, "--num-epochs", 2, processes=processes)
+    script = next(i for i, word in enumerate(line) if word.endswith("train_llm.py"))
+    line.insert(script, str(ROOT / "tests" / "record_rows.py"))
+    env = environment(RECORD_ROWS=folder / f"reads-{stage}")
+    subprocess.run(line, env=env, check=True, capture_output=True)
+    files = [folder / f"reads-{stage}.{rank}" for rank in range(processes)]
+    return [[int(row) for row in file.read_text().split()] for file in files]
+
+
+def test_the_ranks_share_out_each_step_and_each_epoch(flags, tmp_path):
+    (alone,) = rows_read([*flags, "-b", 8], tmp_path, "01", 1)
+    ranks = rows_read([*flags, "-b", 4], tmp_path, "02", 2)
+    assert len(alone) == sum(map(len, ranks))
+    for step in range(len(alone) // 8):
+        together = ranks[0][step * 4 : step * 4 + 4] + ranks[1][step * 4 : step * 4 + 4]
+        assert sorted(together) == sorted(alone[step * 8 : step * 8 + 8]), step
+    epoch = ranks[0][: len(ranks[0]) // 2] + ranks[1][: len(ranks[1]) // 2]
+    assert len(set(epoch)) == len(epoch)
+    assert ranks[0][: len(ranks[0]) // 2] != ranks[0][len(ranks[0]) // 2 :], (
+        "a new order each epoch"
+    )
+
+
+def test_killed_rank_ends_all_within_seconds_and_the_next_start_goes_on(
+    flags, dropout_model, tmp_path
+):
+    flags += ["-m", dropout_model, "-b", 4, "--max-steps", 300, "--ckpt-freq", 20]
+    train("02", *flags, "-e", "whole", processes=2)
+    torchrun = start(*flags, "-e", "killed")
+    ranks = kill_rank(torchrun, 1, tmp_path / "killed" / "checkpoint.pt")
+    killed = time.monotonic()
+    output, _ = torchrun.communicate(timeout=60)
+    assert time.monotonic() - killed < 20
+    assert torchrun.returncode != 0 and "Signal 9 (SIGKILL)" in output
+    assert not any(alive(pid) for pid in ranks)
+    done = train("02", *flags, "-e", "killed", processes=2)
+    assert "resuming after step" in done.stderr
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert worst_difference(metrics(tmp_path / "whole"), metrics(tmp_path / "killed")) == 0
+
+
+def test_torchrun_restarts_heal_a_killed_rank(flags, dropout_model, tmp_path):
+    flags += ["-m", dropout_model, "-b", 4, "--max-steps", 300, "--ckpt-freq", 20]
+    train("02", *flags, "-e", "whole", processes=2)
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}  # see the README: gloo needs it to restart
+    torchrun = start(*flags, "-e", "healed", torchrun=["--max-restarts", "3"], env=env)
+    kill_rank(torchrun, 1, tmp_path / "healed" / "checkpoint.pt")
+    output, _ = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, output
+    assert "resuming after step" in output
+    assert same_weights(tmp_path / "whole", tmp_path / "healed")
+
+
+@pytest.mark.parametrize(
+    "first, then", [(("01", 1), ("02", 2)), (("02", 2), ("01", 1)), (("02", 2), ("02", 4))]
+)
+def test_another_stage_or_number_of_processes_goes_on_along_the_curve(
+    flags, alone, tmp_path, first, then
+):
+    """The first run is killed by a full stop at step 8: its checkpoint of step 16 never comes."""
+    flags += [*STEPS, "-e", "run", "-b", 2]
+    stop = tmp_path / "sitecustomize.py"
+    stop.write_text(
+        "import os\n"
+        "replace = os.replace\n"
+        "def replace_then_die(a, b):\n"
+        "    replace(a, b)\n"
+        "    if str(b).endswith('checkpoint.pt'): os.kill(os.getpid(), 9)\n"
+        "os.replace = replace_then_die\n"
+    )
+    train(first[0], *flags, processes=first[1], env={"PYTHONPATH": tmp_path}, fails=True)
+    assert list(metrics(tmp_path / "run"))[-1] == 8
+    done = train(then[0], *flags, processes=then[1])
+    assert "resuming after step 8" in done.stderr
+    assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
+
+
+def test_each_rank_has_its_own_dropout_and_wandb_run(flags, dropout_model, tmp_path):
+    flags += ["-m", dropout_model, "-e", "run", "--max-steps", 2, "-b", 4]
+    train("02", *flags, processes=2)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    first, second = (state["cpu"] for state in checkpoint["rng"])
+    assert not torch.equal(first, second)
+    files = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    texts = [file.read_bytes() for file in files]
+    assert len(files) == 2
+    assert all(any(f"run-rank{rank}".encode() in text for text in texts) for rank in range(2))
+
+
+def test_compiled_follows_the_same_curve(flags, alone, tmp_path):
+    more = ["-b", 2, "-e", "run", "--compile"]
+    train("02", *flags, *STEPS, *more, processes=2, timeout=500)
+    assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
+
+
+def test_plain_python_is_told_to_use_torchrun(flags):
+    line = [sys.executable, ROOT / "02-multi-gpu" / "train_llm.py"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "torchrun --standalone --nproc-per-node 2" in error_line(done)
+
+
+def test_two_nodes_are_told_to_use_stage_03(flags):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    options += ["--rdzv-id", "two", "--local-addr", "127.0.0.1"]
+    runs = [start(*flags, processes=1, torchrun=options) for _ in range(2)]
+    outputs = [run.communicate(timeout=90)[0] for run in runs]
+    assert all(run.returncode != 0 for run in runs)
+    assert all("error: --nnodes: this stage is for one node" in output for output in outputs)
+
+
+def test_more_processes_than_gpus(flags, tmp_path):
+    """No GPUs here: two are pretended, for four processes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.device_count = lambda: 2\n"
+    )
+    env = {"PYTHONPATH": tmp_path}
+    done = train("02", *flags, processes=4, env=env, fails=True)
+    assert "--nproc-per-node 4: this machine has 2 GPUs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "more, expected, times",
+    [
+        (["-b", 3, "--global-batch-size", 8], "not a multiple of --batch-size 3 x 2 processes", 2),
+        (["--global-batch-size", 8000], "not enough for one global batch of 8000", 1),
+        (["-d", "./nope"], "--dataset-name ./nope: no such file or folder", 1),
+    ],
+)
+def test_bad_input_ends_all_ranks_soon(flags, more, expected, times):
+    started = time.monotonic()
+    done = train("02", *flags, *more, processes=2, fails=True, timeout=60)
+    assert time.monotonic() - started < 45
+    assert done.stderr.count(expected) == times, done.stderr
+
+
+def test_a_rank_that_fails_early_ends_the_others_and_leaves_its_traceback(flags, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import torch.distributed as dist\n"
+        "    def broken(*args, **kwargs): raise RuntimeError('the second GPU is on fire')\n"
+        "    dist.init_process_group = broken\n"
+    )
+    logs = tmp_path / "logs"
+    started = time.monotonic()
+    done = train(
+        "02",
+        *flags,
+        processes=2,
+        torchrun=["--log-dir", str(logs)],
+        env={"PYTHONPATH": tmp_path},
+        fails=True,
+        timeout=90,
+    )
+    assert time.monotonic() - started < 60
+    last = done.stderr[-2500:]
+    assert "Root Cause" in last and "RuntimeError: the second GPU is on fire" in last
+    (error,) = logs.rglob("error.json")
+    assert "on fire" in json.loads(error.read_text())["message"]["message"]
+    assert error.parent.name == "1", "the folder is named after the local rank"
+
+
+def test_prepare_only_ends_cleanly(flags, tmp_path):
+    done = train("02", *flags, "--prepare-only", processes=2)
+    assert done.stderr.count("everything is in the cache") == 1
+    assert not (tmp_path / "run").exists()
