@@ -11,6 +11,7 @@ import sys
 import pytest
 from stages import ROOT, environment
 
+RUN = "torch.distributed.run"  # what torchrun starts
 READMES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md")])
 
 
@@ -61,9 +62,9 @@ def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
     shutil.copytree(corpus / "text", home / "my-texts")
     more = ["--max-steps", "2", "--save-dir", tmp_path / "outputs"]
     arguments = [word.replace("~", str(home)) for word in arguments]
-    launcher = [sys.executable if word == "python" else word for word in launcher]
+    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", RUN]}
     subprocess.run(
-        [*launcher, script, *arguments, *more],
+        [*programs[launcher[0]], *launcher[1:], script, *arguments, *more],
         cwd=readme.parent,
         env=environment(**env),
         check=True,
