@@ -103,7 +103,7 @@ def main():
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in TRAINING_FLAGS}
     flags["the data"] = data_id
     if run_dir and (run_dir / "checkpoint.pt").exists():
-        checkpoint = load_checkpoint(run_dir / "checkpoint.pt", flags)
+        checkpoint = load_checkpoint(run_dir / "checkpoint.pt", flags, model)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
@@ -368,11 +368,12 @@ def open_run_dir(args):
     return run_dir
 
 
-def load_checkpoint(path, flags):
-    """Return the checkpoint at path; exit if it is damaged or was made with other flags."""
+def load_checkpoint(path, flags, model):
+    """Return the checkpoint at path; exit if it is damaged, or was made otherwise than this run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["flags"]
+        shapes = {name: tensor.shape for name, tensor in checkpoint["model"].items()}
     except Exception as error:
         sys.exit(
             f"error: {path} is damaged ({type(error).__name__}): put back a copy of it, or delete "
@@ -384,6 +385,11 @@ def load_checkpoint(path, flags):
                 f"error: {name} was {made_with[name]} when {path} was written and is {now} now: "
                 "go on with the old value, or choose another --experiment-name"
             )
+    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+        sys.exit(
+            f"error: {path} holds a model of other sizes than --model-name {flags['--model-name']} "
+            "has now: put that model back, or choose another --experiment-name"
+        )
     return checkpoint
 
 
@@ -596,6 +602,8 @@ if __name__ == "__main__":
         transformers_logging.disable_progress_bar()
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped: with -e, the same command goes on from the last checkpoint")
     except torch.OutOfMemoryError as error:
         sys.exit(
             "error: out of GPU memory: lower --batch-size and keep --global-batch-size (the losses "

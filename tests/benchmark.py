@@ -6,16 +6,19 @@ slows all of them; what counts is the ratio within a round, and its median.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+import transformers
+from stages import command, environment, metrics
+
 BARE_LOOP = """
 import sys, time, torch
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -50,14 +53,27 @@ def bare_loop(steps, folder):
     return float(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
 
 
-def stage_01(steps, folder):
-    """Return tokens/s as stage 01 logs them, likewise after 20 steps; it logs every 10."""
-    line = [sys.executable, ROOT / "01-single-gpu" / "train_llm.py", "-e", "run"]
-    line += ["--save-dir", folder, "--max-steps", str(20 + steps)]
-    subprocess.run(line, check=True, capture_output=True)
-    rows = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
-    # Equal numbers of tokens, so the harmonic mean; the last row has an evaluation after it.
-    return statistics.harmonic_mean([r["tokens_per_s"] for r in rows if r["step"] > 20])
+def stage(number, processes, steps, folder):
+    """Return tokens/s as the stage logs them, likewise after 20 steps; it logs every 10."""
+    flags = ["-e", number, "--save-dir", folder, "--max-steps", 20 + steps]
+    flags += ["-b", 8 // processes, "--global-batch-size", 8]
+    threads = max(1, torch.get_num_threads() // processes)
+    subprocess.run(
+        command(number, *flags, processes=processes),
+        env=environment(OMP_NUM_THREADS=threads),
+        check=True,
+        capture_output=True,
+    )
+    rows = metrics(Path(folder) / number)
+    # Equal numbers of tokens, hence the harmonic mean.
+    return statistics.harmonic_mean([r["tokens_per_s"] for s, r in rows.items() if s > 20])
+
+
+VARIANTS = {
+    "bare loop": bare_loop,
+    "stage 01": partial(stage, "01", 1),
+    "stage 02, 2 processes": partial(stage, "02", 2),
+}
 
 
 def main():
@@ -65,25 +81,24 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
-    import torch
-    import transformers
-
     print(
         f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} "
-        f"threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
+        f"threads in all, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
     )
-    ratios = []
+    speeds = {name: [] for name in VARIANTS}
     for number in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            bare, stage = bare_loop(args.steps, folder), stage_01(args.steps, folder)
-        ratios.append(stage / bare)
-        print(f"round {number + 1}: bare loop {bare:,.0f}, stage 01 {stage:,.0f} tokens/s", end="")
-        print(f", ratio {ratios[-1]:.3f}", flush=True)
-    print(
-        f"stage 01 / bare loop: median {statistics.median(ratios):.3f}, "
-        f"from {min(ratios):.3f} to {max(ratios):.3f}"
-    )
+        for name, variant in VARIANTS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                speeds[name].append(variant(args.steps, folder))
+        line = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
+        print(f"round {number + 1}: {line} tokens/s", flush=True)
+    for name, other in (("stage 01", "bare loop"), ("stage 02, 2 processes", "stage 01")):
+        ratios = [a / b for a, b in zip(speeds[name], speeds[other], strict=True)]
+        print(
+            f"{name} / {other}: median {statistics.median(ratios):.3f}, "
+            f"from {min(ratios):.3f} to {max(ratios):.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         alone = run(folder, "01", 1, cores)
         two = run(folder, "02", 2, max(1, cores // 2))
-    print(f"largest relative difference: {worst_difference(alone, two):.1e}")
+    for key in ("loss", "val_loss", "grad_norm"):
+        print(f"largest relative difference in {key}: {worst_difference(alone, two, [key]):.1e}")
     print("step   stage 01   stage 02")
     for step in (10, 50, 100, 200):
         print(f"{step:>4}   {alone[step]['loss']:.6f}   {two[step]['loss']:.6f}")

@@ -213,6 +213,33 @@ def test_resuming_with_another_model_or_other_data_stops(
     assert "--dataset-name was" in error_line(done)
 
 
+def test_a_model_folder_with_another_model_in_it_stops_a_resume(flags, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    flags += ["-m", tmp_path / "model", "-e", "run"]
+    train("01", *flags, "--max-steps", 2)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
+    line = error_line(train("01", *flags, "--max-steps", 3, fails=True))
+    assert "holds a model of other sizes than --model-name" in line
+
+
+def test_ctrl_c_says_how_to_go_on(flags, tmp_path):
+    run = subprocess.Popen(
+        command("01", *flags, "-e", "run", "--max-steps", 10000, "--log-freq", 1),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert "the same command goes on from the last checkpoint" in errors.splitlines()[-1]
+
+
 def test_changed_contents_of_the_data_stop_a_resume(flags, texts, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
