@@ -99,7 +99,9 @@ def main():
         torch.manual_seed(args.seed + rank)  # the weights are made: let dropout differ by rank
     # DDP inside, compile outside: the compiler then cuts its graph where DDP's buckets end, so
     # that the all-reduce of one bucket overlaps with computing the gradients of the next.
-    ddp_model = DDP(model, device_ids=[rank] if on_gpu else None)
+    # Gradients that are views into the buckets need no copy before and after an all-reduce.
+    device_ids = [rank] if on_gpu else None
+    ddp_model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
     training_model = torch.compile(ddp_model) if args.compile else ddp_model
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
