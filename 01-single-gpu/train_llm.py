@@ -311,7 +311,10 @@ def load_documents(args):
     if "text" not in columns and len(columns) != 1:
         sys.exit(
             f"error: --dataset-name {name}: needs a column 'text'; it has "
-            f"{', '.join(documents.column_names)}"
+            + ", ".join(
+                f"{key} ({getattr(value, 'dtype', 'nested')})"
+                for key, value in documents.features.items()
+            )
         )
     return documents, "text" if "text" in columns else columns[0]
 
@@ -589,8 +592,11 @@ def parse_args():
     args = parser.parse_args()
     if args.pretrained and not args.model_name:
         parser.error("--pretrained needs --model-name")
-    if args.experiment_name and Path(args.experiment_name).name != args.experiment_name:
-        parser.error(f"--experiment-name {args.experiment_name}: must be a name, not a path")
+    name = args.experiment_name
+    if name is not None and (not name or Path(name).name != name):
+        parser.error(f"--experiment-name '{name}': must be a name, not a path")
+    if args.seq_length == 1:
+        parser.error("--seq-length 1: must be at least 2, a token to read and one to predict")
     return args
 
 

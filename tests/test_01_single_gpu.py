@@ -403,19 +403,26 @@ def bad_data(tmp_path, name, contents):
         (["-d", "{empty.txt}"], "0 rows"),
         (["-d", "{empty.jsonl}"], "--dataset-name"),
         (["-d", "{empty-folder}"], "doesn't contain any data files"),
-        (["-d", "{two-columns.jsonl}"], "needs a column 'text'; it has title, body"),
+        (
+            ["-d", "{two-columns.jsonl}"],
+            "column 'text'; it has title (string), body (string)",
+        ),
         (["-d", "{broken.jsonl}"], "JSON parse error"),
         (["-d", "{latin.txt}"], "'utf-8' codec can't decode byte 0xe9"),
         (["-m", "{empty-folder}"], "--model-name"),
         (["--save-dir", "{empty.txt}", "-e", "run"], "--save-dir: cannot write to"),
         (["--save-dir", "/proc", "-e", "run"], "--save-dir: cannot write to /proc/run"),
         (["-e", "../run"], "--experiment-name"),
+        (["-e", ""], "--experiment-name '': must be a name"),
+        (["--seq-length", 1], "--seq-length 1: must be at least 2"),
+        (["-d", "{numbers.jsonl}"], "needs a column 'text'; it has text (int64)"),
     ],
 )
 def test_bad_input_gives_one_line(flags, tmp_path, more, expected):
     bad_data(tmp_path, "empty.txt", b"")
     bad_data(tmp_path, "empty.jsonl", b"")
     bad_data(tmp_path, "two-columns.jsonl", b'{"title": "a", "body": "b"}\n')
+    bad_data(tmp_path, "numbers.jsonl", b'{"text": 1}\n')
     bad_data(tmp_path, "broken.jsonl", b'{"text": "a"}\n{"te')
     bad_data(tmp_path, "latin.txt", b"caf\xe9 " * 100)
     (tmp_path / "empty-folder").mkdir()
