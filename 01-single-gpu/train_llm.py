@@ -1,12 +1,8 @@
 """Stage 01: train a language model in one process, on one GPU or on a CPU.
 
-On a laptop, without any download:
-    python train_llm.py
-On a GPU, GPT-2 from scratch:
-    python train_llm.py -e gpt2 -m openai-community/gpt2 -d Skylion007/openwebtext \
-        -b 32 --global-batch-size 480 --lr 6e-4 --warmup-steps 700 --max-steps 20000
-On a cluster whose compute nodes have no internet: first the same line with --prepare-only on the
-login node, then in the job with HF_HUB_OFFLINE=1.
+python train_llm.py --max-steps 200
+
+README.md beside this file has the lines for GPUs, for other models and data, and for clusters.
 """
 
 import argparse

@@ -1,10 +1,8 @@
 """Stage 02: the same training on all GPUs of one machine, one process per GPU.
 
-On a laptop, two processes that share the CPU:
-    torchrun --standalone --nproc-per-node 2 train_llm.py
-On a machine with GPUs, GPT-2 from scratch on all of them:
-    torchrun --standalone --nproc-per-node gpu train_llm.py -e gpt2 -m openai-community/gpt2 \
-        -d Skylion007/openwebtext -b 32 --global-batch-size 512 --lr 6e-4 --warmup-steps 700
+torchrun --standalone --nproc-per-node 2 train_llm.py --max-steps 200
+
+README.md beside this file has the lines for GPUs, for other models and data, and for clusters.
 """
 
 import argparse
@@ -58,7 +56,7 @@ def main():
     # products in bf16. Pure bf16 weights would stop moving where a step is below their rounding.
     on_gpu = torch.cuda.is_available()
     rank, world_size = start_process_group(on_gpu)
-    device = torch.device(f"cuda:{rank}" if on_gpu else "cpu")
+    device = torch.device("cuda" if on_gpu else "cpu")
     fast_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     args.dtype = args.dtype or ("bf16" if fast_bf16 else "fp32")
     args.compile = on_gpu if args.compile is None else args.compile
@@ -99,9 +97,7 @@ def main():
         torch.manual_seed(args.seed + rank)  # the weights are made: let dropout differ by rank
     # DDP inside, compile outside: the compiler then cuts its graph where DDP's buckets end, so
     # that the all-reduce of one bucket overlaps with computing the gradients of the next.
-    # Gradients that are views into the buckets need no copy before and after an all-reduce.
-    device_ids = [rank] if on_gpu else None
-    ddp_model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    ddp_model = DDP(model, gradient_as_bucket_view=True)  # views: no copies around all-reduce
     training_model = torch.compile(ddp_model) if args.compile else ddp_model
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -112,7 +108,7 @@ def main():
     log.info(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.dtype} on {device}; "
         f"data: {data_id}; {total_steps} steps of {args.global_batch_size} x {args.seq_length} "
-        f"tokens, {micro_steps} micro-batches each on {world_size} ranks"
+        f"tokens, {micro_steps} micro-batches each"
     )
 
     # Resume: whatever the next step depends on comes back.
@@ -229,12 +225,13 @@ def main():
     wandb_run.finish()
 
     # The result.
-    if run_dir and rank == 0:
+    dist.destroy_process_group()
+    if rank > 0:
+        return
+    if run_dir:
         save_model(run_dir / "model", model, tokenizer)
         log.info(f"the trained model is in {run_dir / 'model'}")
-    if rank == 0:
-        print_sample(model, tokenizer, args.seq_length)
-    dist.destroy_process_group()
+    print_sample(model, tokenizer, args.seq_length)
 
 
 def start_process_group(on_gpu):
@@ -245,11 +242,11 @@ def start_process_group(on_gpu):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if int(os.environ["LOCAL_WORLD_SIZE"]) < world_size:
         sys.exit("error: --nnodes: this stage is for one node; stage 03 is for several")
-    if on_gpu and torch.cuda.device_count() < world_size:
-        gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
+    if on_gpu and gpus < world_size:
         sys.exit(f"error: --nproc-per-node {world_size}: this machine has {gpus} GPUs")
     if on_gpu:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank)  # from here on "cuda" is this GPU
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     else:
         dist.init_process_group("gloo")
@@ -388,10 +385,9 @@ def evaluate(model, val_data, batch_size, device, autocast):
     """Return the mean loss over val_data in nats per token; no random number is drawn."""
     model.eval()
     loss_sum = torch.zeros((), device=device)
-    # The ranks take turns, and may have different numbers of batches: hence not DDP's model,
-    # which would wait for them all at each batch.
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for start in range(rank * batch_size, len(val_data), world_size * batch_size):
+    # Ranks may have different numbers of batches: hence not DDP's model, which would wait.
+    first, stride = dist.get_rank() * batch_size, dist.get_world_size() * batch_size
+    for start in range(first, len(val_data), stride):
         input_ids = val_data[start : start + batch_size]["input_ids"].to(device)
         with autocast:
             loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
@@ -500,9 +496,10 @@ def read_metrics(run_dir, step):
     path, partial = run_dir / "metrics.jsonl", run_dir / "metrics.partial"
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # no half line
     rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-    if dist.get_rank() == 0:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, path)
+    if dist.get_rank() > 0:
+        return rows
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(partial, path)
     return rows
 
 
@@ -534,10 +531,9 @@ def start_wandb(args, run_dir, history):
         mode = "disabled"
     elif mode is None:
         mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+    options = {"project": "distributed-llm", "name": args.experiment_name, "dir": run_dir}
     # One run per rank, for the use of each GPU; in wandb's pages the group holds them together.
-    name = f"{args.experiment_name}-rank{dist.get_rank()}"
-    options = {"project": "distributed-llm", "name": name, "dir": run_dir}
-    options["group"] = args.experiment_name
+    options |= {"name": f"{options['name']}-rank{dist.get_rank()}", "group": args.experiment_name}
     options["config"] = {key: str(value) for key, value in vars(args).items()}
     options["settings"] = wandb.Settings(init_timeout=20, console="off", quiet=True)
     try:
