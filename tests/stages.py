@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu"}
+FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu", "03": "03-multi-node"}
 
 
 def command(stage, *flags, processes=None, torchrun=()):
