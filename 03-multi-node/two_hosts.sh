@@ -100,7 +100,7 @@ stop_host() {
         on_switch ip link set "$1" down # the cable first, so that no connection says goodbye
         kill -KILL "$pid"
         while kill -0 "$pid" 2> /dev/null; do sleep 0.01; done
-        on_switch ip link delete "$1"
+        on_switch ip link delete "$1" 2> /dev/null || true # it may live on, or be gone with the host
     fi
     rm -f "$state/$1"
 }
