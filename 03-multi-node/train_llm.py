@@ -61,7 +61,7 @@ def main():
     # Device and precision. The weights are float32 everywhere: autocast only runs the matrix
     # products in bf16. Pure bf16 weights would stop moving where a step is below their rounding.
     on_gpu = torch.cuda.is_available()
-    rank, world_size = start_process_group(on_gpu)
+    rank, world_size = start_process_group(on_gpu, args.timeout)
     check_agreement(what_must_be_equal(args), only_warn=["python", "datasets", "wandb"])
     device = torch.device("cuda" if on_gpu else "cpu")
     fast_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -255,7 +255,7 @@ def main():
     print_sample(model, tokenizer, args.seq_length)
 
 
-def start_process_group(on_gpu):
+def start_process_group(on_gpu, timeout):
     """Return the rank of this process and their number, as torchrun has set them."""
     if "RANK" not in os.environ:
         line = "torchrun --standalone --nproc-per-node 2 " + " ".join(sys.argv)
@@ -265,17 +265,17 @@ def start_process_group(on_gpu):
     gpus = torch.cuda.device_count()
     if on_gpu and 1 < gpus < local_size:
         sys.exit(f"error: --nproc-per-node {local_size}: {socket.gethostname()} has {gpus} GPUs")
-    # The first meeting may take long: some ranks still read their libraries from a slow disk.
-    start_timeout = timedelta(minutes=10)
+    # At first waiting is no fault: some ranks may still be reading libraries from a slow disk.
+    timeout = timedelta(seconds=max(timeout, 300))
     if on_gpu:
         gpu = (
             local_rank if gpus > 1 else 0
         )  # Slurm's --gpus-per-task shows each process only its own
         torch.cuda.set_device(gpu)  # from here on "cuda" is this GPU
         device = torch.device("cuda", gpu)
-        dist.init_process_group("nccl", device_id=device, timeout=start_timeout)
+        dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
-        dist.init_process_group("gloo", timeout=start_timeout)
+        dist.init_process_group("gloo", timeout=timeout)
     dist.group.WORLD.get_group_store().set(f"host of rank {rank}", socket.gethostname())
     return rank, world_size
 

@@ -1,17 +1,23 @@
 """What stage 03 promises: the training of stage 01 on several hosts, and failures that end soon."""
 
 import itertools
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from hosts import Hosts, finish, signal_rank, wait_for, why_not
 from stages import ROOT, command, environment, metrics, same_weights, train, worst_difference
 
+BIN = Path(sys.executable).parent
+README = (ROOT / "03-multi-node" / "README.md").read_text()
 REASON = why_not()
 pytestmark = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
 
@@ -90,11 +96,28 @@ def test_stage_03_continues_what_02_began_and_01_what_03_began(hosts, flags, alo
     assert "resuming after step 16" in done.stderr
 
 
+# What node1 says, and what else a reader may search for.
+ECHO = "Timed out waiting "
 FAULTS = {
-    "killed rank": "a rank has died; first, rank",
-    "frozen rank": "no answer from rank 3 on node2: ",
-    "host without power": "no answer from rank 2 on node2, rank 3 on node2: ",
-    "cut link": "no answer from rank 2 on node2, rank 3 on node2: ",
+    "killed rank": [
+        "a rank has died; first, ",
+        "Signal 9 (SIGKILL) received by PID",
+        "Sending process",
+        "closing signal SIGTERM",
+    ],
+    "frozen rank": [
+        "no answer from rank 3 on node2: ",
+        ECHO,
+        "no answer from rank",
+        "Unable to shutdown process",
+        "forcefully exiting via 9",
+        "has failed to send a keep-alive heartbeat",
+    ],
+    "host without power": ["no answer from rank 2 on node2, rank 3 on node2: ", ECHO],
+    "cut link": [
+        "no answer from rank 2 on node2, rank 3 on node2: ",
+        "which holds the store, nor from other ranks",
+    ],
 }
 
 
@@ -116,12 +139,12 @@ def test_survivors_end_in_time_and_say_what_happened(hosts, long, tmp_path, faul
     (survivor,) = finish(runs[0], timeout=60)
     print(f"{fault}: node1 ended after {time.monotonic() - began:.1f} s")
     assert time.monotonic() - began < TIMEOUT + 25
-    assert runs[0].returncode != 0 and FAULTS[fault] in survivor, survivor
+    assert runs[0].returncode != 0 and FAULTS[fault][0] in survivor, survivor
     (other,) = finish(runs[1], timeout=90)  # a frozen process is killed after torchrun's 30 s
     print(f"{fault}: node2 ended after {time.monotonic() - began:.1f} s")
     assert runs[1].returncode != 0
-    if fault == "cut link":
-        assert "no answer from node1, which holds the store" in other, other
+    for text in FAULTS[fault][1:]:
+        assert_seen(text, survivor + other)
     # Nothing is lost: what is left of the cluster goes on.
     hosts("heal") if fault == "cut link" else hosts("up")
     step = saved_step(tmp_path / "run")
@@ -209,6 +232,7 @@ def disagreement(hosts, flags, on_node2=(), **options):
     runs += [hosts.torchrun("node2", *flags, *on_node2, **options)]
     outputs = finish(*runs)
     assert all(run.returncode for run in runs), outputs
+    assert_seen("error: the ranks must agree", outputs[0])
     tables = [re.search(r"error: the ranks must agree:\n(.*)", text) for text in outputs]
     assert tables[0] and tables[1] and tables[0][1] == tables[1][1], outputs
     return tables[0][1].strip()
@@ -250,3 +274,208 @@ def test_a_save_folder_that_is_not_shared(hosts, flags, tmp_path):
     hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", tmp_path / "outputs")
     table = disagreement(hosts, [*flags, "--save-dir", tmp_path / "outputs", "-e", "run"])
     assert table == "--save-dir: on the disk of rank 0 on node1; not shared on node2"
+
+
+def assert_seen(text, output):
+    """text is in the output, and a reader who searches for it finds it in the README."""
+    assert text in output, output
+    assert text in README
+
+
+def endpoint(name, **conf):
+    """Options for a torchrun that does not wait as long as it would without them."""
+    conf = ",".join(f"{key}={value}" for key, value in conf.items())
+    return {"options": ["--rdzv-endpoint", name, *(["--rdzv-conf", conf] if conf else [])]}
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("node9:29500", "cannot be retrieved (gai error: -2"),
+        ("10.77.0.9:29500", "failed to connect to any network address of ("),
+    ],
+)
+def test_an_endpoint_that_is_nowhere(hosts, flags, name, message):
+    run = hosts.torchrun("node1", *flags, **endpoint(name, read_timeout=4))
+    (output,) = finish(run)
+    assert run.returncode != 0
+    assert_seen(message, output)
+    assert_seen("RendezvousConnectionError", output)
+
+
+def own_names_are_loopback(hosts):
+    """Debian's usual /etc/hosts: each host knows the other's address, and not its own."""
+    for name, other, address in (("node1", "node2", 2), ("node2", "node1", 1)):
+        lines = f"127.0.0.1 localhost\n127.0.1.1 {name}\n10.77.0.{address} {other}\n"
+        hosts("run", name, "sh", "-c", 'printf "$0" > /etc/hosts', lines)
+
+
+def test_an_endpoint_in_which_no_host_recognises_itself(hosts, flags):
+    own_names_are_loopback(hosts)
+    conf = endpoint("10.77.0.1:29500", read_timeout=3)
+    output = finish(hosts.torchrun("node1", *flags, **conf))[0]
+    assert_seen("The client socket has timed out after", output)
+
+
+def test_a_host_name_that_is_loopback(hosts, flags):
+    own_names_are_loopback(hosts)
+    runs = hosts.both(*flags)
+    outputs = finish(*runs)
+    assert all(run.returncode for run in runs), outputs
+    assert_seen("Gloo connectFullMesh failed", outputs[0])
+    assert_seen("remote=[127.0.1.1]", outputs[0])
+    assert_seen("Failed to recv, got 0 bytes. Connection was likely closed", "".join(outputs))
+
+
+def test_an_interface_that_is_not_there(hosts, flags):
+    runs = hosts.both(*flags, GLOO_SOCKET_IFNAME="eth7")
+    outputs = finish(*runs)
+    assert_seen("Unable to find address for: ", outputs[0])
+
+
+def test_a_blocked_port(hosts, flags):
+    rule = ["to", "10.77.0.1", "ipproto", "tcp", "dport", "29500", "unreachable", "priority", "1"]
+    hosts("run", "node2", "ip", "rule", "add", *rule)
+    conf = endpoint("node1:29500", read_timeout=4, join_timeout=8)
+    runs = hosts.both(*flags, **conf)
+    outputs = finish(*runs)
+    assert_seen("RendezvousTimeoutError", outputs[0])
+    assert_seen("failed to connect to any network address of (", outputs[1])
+
+
+def test_a_missing_node_and_another_job_on_the_port(hosts, flags, tmp_path):
+    first = hosts.torchrun("node1", *flags, **endpoint("node1:29500", join_timeout=12))
+    other = endpoint("node1:29500", join_timeout=4)
+    other["options"] += ["--rdzv-id", "other"]
+    second = hosts.torchrun("node2", *flags, **other)
+    for output in finish(first, second):
+        assert_seen("RendezvousTimeoutError", output)
+
+
+def test_clocks_that_differ(hosts, flags):
+    """faketime shows node2's processes a clock that is a minute ahead; the training goes on."""
+    if not shutil.which("faketime") and "CI" not in os.environ:
+        pytest.skip("faketime is not installed")
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--rdzv-backend", "c10d"]
+    line += ["--rdzv-id", "test", "--rdzv-endpoint", "node1:29500"]
+    script = ROOT / "03-multi-node" / "train_llm.py"
+    first = hosts.torchrun("node1", *flags)
+    hosts.start("node2", "faketime", "-f", "+60s", *line, script, *flags)
+    wait_for(lambda: "step    10" in first.output.read_text(), what=first.output)
+    assert_seen("the hosts' clocks are", first.output.read_text())
+    assert "60 s apart" in first.output.read_text()
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(hosts, flags, wide_model, tmp_path):
+    """On all hosts the same disk, so it is made before them, which takes root."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk takes root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", disk], check=True)
+    hosts("down")
+    hosts("up")
+    try:
+        more = ["-m", wide_model, "--save-dir", disk, "-e", "run", "-b", 1, "--ckpt-freq", 3]
+        finish(*hosts.both(*flags, *more, "--max-steps", 3))
+        with open(disk / "filler", "wb") as file:
+            file.write(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - (10 << 20)))
+        runs = hosts.both(*flags, *more, "--max-steps", 6, "--timeout", TIMEOUT)
+        outputs = finish(*runs)
+        assert all(run.returncode for run in runs), outputs
+        assert_seen("No space left on device", outputs[0])
+        assert saved_step(disk / "run") == 3
+    finally:
+        hosts("down")
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_checkpoint_of_another_training(hosts, flags):
+    flags += ["-e", "run", "--max-steps", 2]
+    finish(*hosts.both(*flags))
+    outputs = finish(*hosts.both(*flags, "--seed", 7))
+    for text in ("when ", "was written and is ", "now: go on with the old value"):
+        assert_seen(text, outputs[0])
+
+
+def preflight(hosts, tmp_path, *flags, processes=1, **env):
+    """Run check_cluster.py on both hosts. Return its exit statuses and what rank 0 printed."""
+    script = ROOT / "03-multi-node" / "check_cluster.py"
+    folder = tmp_path / "outputs"
+    more = ["--save-dir", folder, "--largest", 1e6, "--timeout", 20]
+    runs = hosts.both(*more, *flags, script=script, processes=processes, **env)
+    outputs = finish(*runs)
+    return [run.returncode for run in runs], outputs[0] + outputs[1]
+
+
+def test_the_preflight_of_a_good_cluster(hosts, tmp_path):
+    codes, output = preflight(hosts, tmp_path, "--parameters", 2e6, processes=2)
+    assert codes == [0, 0], output
+    assert "fit to train: 4 ranks on 2 hosts" in output
+    assert re.search(r"^3 +node2 +10.77.0.2 +eth0 +CPU", output, re.MULTILINE)
+    for kind in ("all ranks", "inside a host", "between hosts"):
+        assert re.search(rf"all-reduce, {kind}: 1024 bytes in [\d,]+ us; .* GB/s", output)
+    assert "gradients of 2 M parameters (8 MB in fp32)" in output
+    report = json.loads((tmp_path / "outputs" / "check_cluster.json").read_text())
+    assert report["problems"] == [] and len(report["ranks"]) == 4
+    assert list(tmp_path.glob("outputs/.check_cluster*")) == []
+
+
+def test_the_preflight_finds_what_is_wrong(hosts, tmp_path):
+    own_names_are_loopback(hosts)
+    (tmp_path / "outputs").mkdir()
+    hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", tmp_path / "outputs")
+    codes, output = preflight(hosts, tmp_path)
+    assert codes == [1, 1], output
+    assert "node1 resolves its own name to 127.0.1.1, where no other host can reach it" in output
+    assert "not the disk of rank 0" in output
+    assert output.count("cure: ") == output.count("PROBLEM: ") == 3
+
+
+def test_the_preflight_finds_a_wrong_interface_and_a_full_disk(hosts, tmp_path):
+    (tmp_path / "outputs").mkdir()
+    for host in ("node1", "node2"):
+        folder = tmp_path / "outputs"
+        hosts("run", host, "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder)
+    codes, output = preflight(hosts, tmp_path, GLOO_SOCKET_IFNAME="eth7")
+    assert codes == [1, 1], output
+    assert "node2 has no interface eth7 (GLOO_SOCKET_IFNAME); it has lo, eth0" in output
+    assert "outputs: 0.0 GB free" in output
+
+
+def test_the_preflight_finds_a_slow_link(hosts, tmp_path):
+    hosts("limit", "10mbit")
+    codes, output = preflight(hosts, tmp_path)
+    assert codes == [0, 0], output
+    seconds = [float(ms) / 1000 for ms in re.findall(r"link .*: 1 MB in ([\d.]+) ms", output)]
+    assert len(seconds) == 2 and all(0.5 < s < 1.5 for s in seconds), "1 MB over 10 Mbit/s: 0.84 s"
+
+
+def test_two_hosts_leaves_nothing_behind(hosts, tmp_path):
+    hosts.start("node1", "sleep", "1000")
+    wait_for(lambda: "1000" in hosts("run", "node1", "ps", "ax").stdout)
+    assert "1000" not in hosts("run", "node2", "ps", "ax").stdout, "own process tables"
+    assert hosts("run", "node2", "hostname").stdout == "node2\n"
+    pids = [int(path.read_text()) for path in hosts.state.iterdir() if path.name[0] in "sn"]
+    hosts("down")
+    assert not hosts.state.exists()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    done = hosts("run", "node1", "true", check=False)
+    assert done.returncode == 1 and "error: node1 is not running" in done.stdout
+
+
+def test_the_readme_s_commands_on_two_hosts(hosts, tmp_path):
+    """The first block of the README, word for word but for where hosts and caches are."""
+    block = re.search(r"```bash\n(./two_hosts.sh up\n.*?)```", README, re.DOTALL)[1]
+    hosts("down")
+    done = subprocess.run(
+        ["bash", "-ec", block],
+        cwd=ROOT / "03-multi-node",
+        env=environment(TWO_HOSTS=tmp_path / "hosts", PATH=f"{BIN}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fit to train: 2 ranks on 2 hosts" in done.stdout
+    assert "[node1 rank 0] step   100" in done.stderr
