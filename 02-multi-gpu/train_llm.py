@@ -225,6 +225,7 @@ def main():
     wandb_run.finish()
 
     # The result.
+    dist.barrier()  # if rank 0 could not save the last step, no rank ends well
     dist.destroy_process_group()
     if rank > 0:
         return

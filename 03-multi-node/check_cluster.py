@@ -340,14 +340,15 @@ def time_all_reduces(group, device, largest):
 def time_neighbours(ranks, device, size=1 << 20):
     """Return for each of ranks the seconds in which 1 MB came from the one before it."""
     rank, seconds = dist.get_rank(), torch.zeros(len(ranks), device=device)
-    if rank in ranks:
-        place = ranks.index(rank)
-        to, before = ranks[(place + 1) % len(ranks)], ranks[place - 1]
-        data, incoming = torch.zeros(2, size // 4, device=device)
-        for _ in range(2):  # the first time opens the connection
+    place = ranks.index(rank) if rank in ranks else None
+    data, incoming = torch.zeros(2, size // 4, device=device)
+    for _ in range(2):  # the first time opens the connection
+        dist.barrier()
+        if place is not None:
+            to, before = ranks[(place + 1) % len(ranks)], ranks[place - 1]
             start = time.perf_counter()
             works = dist.batch_isend_irecv(
-                [dist.P2POp(dist.isend, data, to), dist.P2POp(dist.irecv, incoming, before)]
+                [dist.P2POp(dist.irecv, incoming, before), dist.P2POp(dist.isend, data, to)]
             )
             for work in works:
                 work.wait()

@@ -246,6 +246,7 @@ def main():
     wandb_run.finish()
 
     # The result.
+    dist.barrier()  # if rank 0 could not save the last step, no rank ends well
     dist.destroy_process_group()
     if rank > 0:
         return
@@ -332,12 +333,15 @@ def find_the_lost(error):
         socket.create_connection(address, timeout=5).close()
     except OSError:
         return f"no answer from {address[0]}, which holds the store, nor from other ranks: {error}"
-    if "imed out" not in str(error):  # a connection was closed, first at a neighbour of the dead
+    if "imed out" in str(error):
+        store.set("timed out", "")
+    time.sleep(1)  # a rank that timed out has closed its connections, which others see sooner
+    if not store.check(["timed out"]):  # closed first at a neighbour of the dead
         line = f"rank {rank} on {socket.gethostname()} saw: {error}"
         return "a rank has died; first, " + store.compare_set("died", "", line).decode()
-    store.set(f"rank {rank} timed out", "")
-    time.sleep(5)  # whoever lives has waited just as long
-    lost = [r for r in range(dist.get_world_size()) if not store.check([f"rank {r} timed out"])]
+    store.set(f"rank {rank} lives", "")
+    time.sleep(4)  # whoever lives comes to the same error within moments
+    lost = [r for r in range(dist.get_world_size()) if not store.check([f"rank {r} lives"])]
     names = [f"rank {r} on {store.get(f'host of rank {r}').decode()}" for r in lost[:8]]
     return f"no answer from {', '.join(names) or 'a rank that was slow'}: {error}"
 

@@ -62,7 +62,8 @@ start_switch() {
 }
 
 start_host() {
-    local host=$1 parent child
+    local host=$1 switch parent child
+    switch=$(pid_of switch)
     printf '127.0.0.1 localhost\n%s node1\n%s node2\n' "${address[node1]}" "${address[node2]}" \
         > "$state/hosts-$host"
     # Look-ups end at /etc/hosts: no name server can be reached from here, and asking takes seconds.
@@ -70,7 +71,7 @@ start_host() {
 
     # The host's first process: the kernel ends all others with it. bash, because it also takes in
     # the processes whose parents have died.
-    nsenter --target "$(pid_of switch)" "${enter_user[@]}" --net \
+    nsenter --target "$switch" "${enter_user[@]}" --net \
         unshare --net --uts --mount --pid --fork --kill-child --mount-proc \
         bash -c 'sleep infinity & wait' < /dev/null > /dev/null 2> "$state/log" &
     parent=$!
