@@ -357,7 +357,7 @@ def test_clocks_that_differ(hosts, flags):
     if library is None and "CI" not in os.environ:
         pytest.skip("libfaketime is not installed")
     first = hosts.torchrun("node1", *flags)
-    fake = {"LD_PRELOAD": library, "FAKETIME": "+60s", "FAKETIME_DONT_FAKE_MONOTONIC": 1}
+    fake = {"LD_PRELOAD": library, "FAKETIME": "+60s", "FAKETIME_DISABLE_SHM": 1}
     hosts.torchrun("node2", *flags, **fake)
     wait_for(lambda: "step    10" in first.output.read_text(), what=first.output)
     assert_seen("the hosts' clocks are", first.output.read_text())
