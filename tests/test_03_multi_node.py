@@ -356,9 +356,12 @@ def test_clocks_that_differ(hosts, flags):
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None and "CI" not in os.environ:
         pytest.skip("libfaketime is not installed")
+    hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm")  # it leaves files there
     first = hosts.torchrun("node1", *flags)
-    fake = {"LD_PRELOAD": library, "FAKETIME": "+60s", "FAKETIME_DISABLE_SHM": 1}
-    hosts.torchrun("node2", *flags, **fake)
+    fake = ["env", f"LD_PRELOAD={library}", "FAKETIME=+60s"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--rdzv-backend", "c10d"]
+    line += ["--rdzv-id", "test", "--rdzv-endpoint", "node1:29500"]
+    hosts.start("node2", *fake, *line, ROOT / "03-multi-node" / "train_llm.py", *flags)
     wait_for(lambda: "step    10" in first.output.read_text(), what=first.output)
     assert_seen("the hosts' clocks are", first.output.read_text())
     assert "60 s apart" in first.output.read_text()
