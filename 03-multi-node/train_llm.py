@@ -269,11 +269,9 @@ def start_process_group(on_gpu, timeout):
     # At first waiting is no fault: some ranks may still be reading libraries from a slow disk.
     timeout = timedelta(seconds=max(timeout, 300))
     if on_gpu:
-        gpu = (
-            local_rank if gpus > 1 else 0
-        )  # Slurm's --gpus-per-task shows each process only its own
-        torch.cuda.set_device(gpu)  # from here on "cuda" is this GPU
-        device = torch.device("cuda", gpu)
+        # Some schedulers show each process one GPU, its own, which then is number 0.
+        device = torch.device("cuda", local_rank if gpus > 1 else 0)
+        torch.cuda.set_device(device)  # from here on "cuda" is this GPU
         dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)

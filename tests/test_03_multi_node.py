@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from hosts import Hosts, finish, signal_rank, wait_for, why_not
-from stages import ROOT, command, environment, metrics, same_weights, train, worst_difference
+from stages import (
+    ROOT,
+    command,
+    environment,
+    error_line,
+    metrics,
+    same_weights,
+    train,
+    worst_difference,
+)
 
 BIN = Path(sys.executable).parent
 README = (ROOT / "03-multi-node" / "README.md").read_text()
@@ -144,6 +153,9 @@ def test_survivors_end_in_time_and_say_what_happened(hosts, long, tmp_path, faul
     assert runs[1].returncode != 0
     for text in FAULTS[fault][1:]:
         assert_seen(text, survivor + other)
+    if fault == "killed rank":
+        closed = "Connection closed by peer [", "Connection reset by peer"
+        assert any(text in survivor for text in closed) and all(text in README for text in closed)
     # Nothing is lost: what is left of the cluster goes on.
     hosts("heal") if fault == "cut link" else hosts("up")
     step = saved_step(tmp_path / "run")
@@ -287,6 +299,23 @@ def endpoint(name, **conf):
     return {"options": ["--rdzv-endpoint", name, *(["--rdzv-conf", conf] if conf else [])]}
 
 
+def test_every_error_that_the_readme_calls_tried_is_tried_here():
+    source = Path(__file__).read_text()
+    rows = [line for line in README.splitlines() if line.endswith("| tried |")]
+    assert len(rows) >= 20
+    for row in rows:
+        for text in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+            assert text in source, text
+
+
+def test_plain_python_is_told_to_use_torchrun(flags):
+    script = ROOT / "03-multi-node" / "train_llm.py"
+    line = [sys.executable, script, *map(str, flags)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert_seen("error: start this stage with torchrun", error_line(done))
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -397,6 +426,20 @@ def test_a_checkpoint_of_another_training(hosts, flags):
     outputs = finish(*hosts.both(*flags, "--seed", 7))
     for text in ("when ", "was written and is ", "now: go on with the old value"):
         assert_seen(text, outputs[0])
+
+
+def test_a_host_that_sees_an_older_checkpoint(hosts, flags, tmp_path):
+    """As behind a disk's cache that is late; here by mounting the old file over the new one."""
+    flags += ["-e", "run"]
+    finish(*hosts.both(*flags, "--max-steps", 2))
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    old = checkpoint.rename(tmp_path / "old.pt")
+    checkpoint.write_bytes(old.read_bytes())
+    finish(*hosts.both(*flags, "--max-steps", 3))
+    hosts("run", "node2", "mount", "--bind", old, checkpoint)
+    table = disagreement(hosts, [*flags, "--max-steps", 4])
+    assert_seen("step to resume from: ", table)
+    assert table == "step to resume from: 3 on node1; 2 on node2"
 
 
 def preflight(hosts, tmp_path, *flags, processes=1, **env):
