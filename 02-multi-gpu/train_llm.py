@@ -16,7 +16,6 @@ import sys
 import sysconfig
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +71,10 @@ def main():
         )
 
     # Data: rows of seq_length tokens, the same rows in every stage.
-    # Rank 0 makes them while the others wait at the store: a collective would time out.
+    # Rank 0 makes them while the others ask at the store: a collective would time out.
     store = dist.group.WORLD.get_group_store()
-    if rank > 0:
-        store.wait(["data is ready"], timedelta(days=2))
+    while rank > 0 and not store.check(["data is ready"]):
+        time.sleep(0.5)
     tokenizer, config = load_tokenizer_and_config(args)
     train_data, val_data, data_id = load_data(args, tokenizer)
     store.set("data is ready", "")
@@ -221,12 +220,12 @@ def main():
                 losses, start_time = [], time.perf_counter()
             if step == total_steps:
                 break
+    dist.barrier()  # if rank 0 could not save the last step, no rank ends well
+    dist.destroy_process_group()
     progress.close()
     wandb_run.finish()
 
     # The result.
-    dist.barrier()  # if rank 0 could not save the last step, no rank ends well
-    dist.destroy_process_group()
     if rank > 0:
         return
     if run_dir:

@@ -1,4 +1,4 @@
-"""Is this cluster fit to train on? Run it with the torchrun line of the training, for a minute:
+"""Is this cluster fit to train on? Run it with the torchrun line of the training:
 
 torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint node1:29500 \
     --rdzv-id check check_cluster.py --parameters 124e6
@@ -8,6 +8,7 @@ before the process group goes through torchrun's store, which works where gloo a
 """
 
 import argparse
+import faulthandler
 import fcntl
 import json
 import os
@@ -40,7 +41,8 @@ def main():
     # What each rank knows by itself.
     mine = look_around(args)
     reports = exchange(store, "report", mine)
-    clock = time.time()  # all ranks come out of the exchange in the same moment
+    exchange(store, "ready", None)  # a short one: all ranks come out of it in the same moment
+    clock = time.time()
     clocks = exchange(store, "clock", clock)
     problems, notes, can_meet = judge(reports, clocks)
 
@@ -59,8 +61,11 @@ def main():
     # The process group, and how fast it is.
     speeds = {}
     if can_meet:
+        store.set_timeout(3 * timeout)  # the others may take twice the timeout to fail
+        faulthandler.dump_traceback_later(3 * args.timeout, exit=True)  # NCCL may wait for ever
         error = start_process_group(store, mine["gpu"], timeout)
         errors = exchange(store, "group", error)
+        faulthandler.cancel_dump_traceback_later()
         for report, error in zip(reports, errors, strict=True):
             if error:
                 line = f"rank {report['rank']} on {report['host']} cannot join the group: {error}"
@@ -109,7 +114,8 @@ def look_around(args):
             gpu = {"index": index, "name": found.name, "uuid": str(found.uuid)}
             gpu["GB"] = round(found.total_memory / 1e9)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        if shutil.which(query[0]):  # containers may lack it
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     asked = os.environ.get("NCCL_SOCKET_IFNAME" if gpu else "GLOO_SOCKET_IFNAME")
     by_name = [name for name, address in addresses.items() if address == resolves_to]
     limits = {"open files": resource.RLIMIT_NOFILE, "locked memory": resource.RLIMIT_MEMLOCK}
@@ -175,6 +181,8 @@ def judge(reports, clocks):
             line = f"{host} has no interface {asked} ({variable}); it has {names}"
             problems.append((line, f"set {variable} to one of them on all hosts"))
             can_meet = False
+        elif report["gpu"]:
+            pass  # NCCL does not look its own name up: it picks an interface
         elif len(hosts) > 1 and not asked and address is None:
             line = f"{host} cannot find the address of its own name"
             problems.append((line, f"add it to /etc/hosts, or set {variable} (it has {names})"))
@@ -298,7 +306,8 @@ def measure(reports, args):
         kinds["between hosts"] = [first_ranks]
     result = {"all-reduce": {}, "notes": []}
     for kind, lists in kinds.items():
-        mine, _ = dist.new_subgroups_by_enumeration(lists)
+        timeout = timedelta(seconds=args.timeout)
+        mine, _ = dist.new_subgroups_by_enumeration(lists, timeout=timeout)
         result["all-reduce"][kind] = time_all_reduces(mine, device, args.largest)
 
     # Each host sends to the next one: of a slow cable both ends are slow.

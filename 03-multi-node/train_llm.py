@@ -79,10 +79,10 @@ def main():
         )
 
     # Data: rows of seq_length tokens, the same rows in every stage.
-    # Rank 0 makes them while the others wait at the store: a collective would time out.
+    # Rank 0 makes them while the others ask at the store: a collective would time out.
     store = dist.group.WORLD.get_group_store()
-    if rank > 0:
-        store.wait(["data is ready"], timedelta(days=2))
+    while rank > 0 and not store.check(["data is ready"]):
+        time.sleep(0.5)
     tokenizer, config = load_tokenizer_and_config(args)
     train_data, val_data, data_id = load_data(args, tokenizer)
     store.set("data is ready", "")
@@ -242,12 +242,12 @@ def main():
                 losses, start_time = [], time.perf_counter()
             if step == total_steps:
                 break
+    dist.barrier()  # if rank 0 could not save the last step, no rank ends well
+    dist.destroy_process_group()
     progress.close()
     wandb_run.finish()
 
     # The result.
-    dist.barrier()  # if rank 0 could not save the last step, no rank ends well
-    dist.destroy_process_group()
     if rank > 0:
         return
     if run_dir:
@@ -264,13 +264,14 @@ def start_process_group(on_gpu, timeout):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     gpus = torch.cuda.device_count()
-    if on_gpu and 1 < gpus < local_size:
+    # Without torchrun, a scheduler may show each process one GPU, its own, which then is number 0.
+    alone = gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if on_gpu and gpus < local_size and not alone:
         sys.exit(f"error: --nproc-per-node {local_size}: {socket.gethostname()} has {gpus} GPUs")
     # At first waiting is no fault: some ranks may still be reading libraries from a slow disk.
     timeout = timedelta(seconds=max(timeout, 300))
     if on_gpu:
-        # Some schedulers show each process one GPU, its own, which then is number 0.
-        device = torch.device("cuda", local_rank if gpus > 1 else 0)
+        device = torch.device("cuda", 0 if alone else local_rank)
         torch.cuda.set_device(device)  # from here on "cuda" is this GPU
         dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
@@ -302,7 +303,7 @@ def check_agreement(facts, only_warn=()):
     for name in facts:
         hosts = {}  # of each value; a dict of names keeps their order
         for host, _, theirs in everyone:
-            hosts.setdefault(str(theirs[name]), {})[host] = None
+            hosts.setdefault(str(theirs.get(name)), {})[host] = None
         line = "; ".join(f"{value} on {', '.join(names)}" for value, names in hosts.items())
         if len(hosts) > 1 and name not in only_warn:
             table.append(f"\n    {name}: {line}")
@@ -314,10 +315,10 @@ def check_agreement(facts, only_warn=()):
 
 def stop_all_ranks(number, step, wandb_run):
     """Exit on all ranks after a step at which rank 0 has saved."""
-    log.info(f"stopped by {signal.Signals(number).name} after step {step}: the same line goes on")
-    wandb_run.finish()
+    log.info(f"stopped by {signal.Signals(number).name} after step {step}; with -e it is saved")
     dist.barrier()  # the end of one rank makes torchrun end the others: wait for rank 0's save
     dist.destroy_process_group()
+    wandb_run.finish()
     # SIGUSR1 is a scheduler's warning, and was heeded: success. After SIGTERM, torchrun must not
     # take the end of its processes for the end of the training.
     sys.exit(0 if number == signal.SIGUSR1 else 128 + number)

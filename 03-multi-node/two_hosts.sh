@@ -32,9 +32,12 @@ fail() {
     exit 1
 }
 
-# The process that holds the namespaces of the switch or of a host; false when it is not running.
+# The process that holds the namespaces of the switch or of a host; false when it is not running, or
+# when its number now belongs to a process that is not in a network namespace of its own.
 pid_of() {
-    [ -s "$state/$1" ] && kill -0 "$(<"$state/$1")" 2> /dev/null && cat "$state/$1"
+    local pid net
+    pid=$(cat "$state/$1" 2> /dev/null) && net=$(readlink "/proc/$pid/ns/net") &&
+        [ "$net" != "$(readlink /proc/self/ns/net)" ] && echo "$pid"
 }
 
 on_switch() {
@@ -64,6 +67,7 @@ start_switch() {
 start_host() {
     local host=$1 switch parent child
     switch=$(pid_of switch)
+    rm -f "$state/$host"
     printf '127.0.0.1 localhost\n%s node1\n%s node2\n' "${address[node1]}" "${address[node2]}" \
         > "$state/hosts-$host"
     # Look-ups end at /etc/hosts: no name server can be reached from here, and asking takes seconds.
@@ -98,7 +102,8 @@ start_host() {
 stop_host() {
     local pid
     if pid=$(pid_of "$1"); then
-        on_switch ip link set "$1" down # the cable first, so that no connection says goodbye
+        # The cable first, so that no connection says goodbye.
+        on_switch ip link set "$1" down 2> /dev/null || true
         kill -KILL "$pid"
         while kill -0 "$pid" 2> /dev/null; do sleep 0.01; done
         on_switch ip link delete "$1" 2> /dev/null || true # it may live on, or be gone with the host
@@ -113,7 +118,7 @@ up)
         command -v $tool > /dev/null || fail "$tool is missing: install util-linux, hostname and iproute2"
     done
     mkdir -p "$state"
-    trap '[ $? = 0 ] || "$0" down' EXIT # rather no hosts than half a host
+    trap '[ $? = 0 ] || bash "$0" down' EXIT # rather no hosts than half a host
     pid_of switch > /dev/null || start_switch
     for host in node1 node2; do
         pid_of $host > /dev/null || start_host $host
@@ -132,7 +137,7 @@ limit)
     [ -n "$rate" ] || fail "usage: $0 limit 100mbit (or: limit off)"
     for host in node1 node2; do
         if [ "$rate" = off ]; then
-            on_host $host tc qdisc delete dev eth0 root
+            on_host $host tc qdisc delete dev eth0 root 2> /dev/null || true # there may be none
         else
             on_host $host tc qdisc replace dev eth0 root tbf rate "$rate" burst 128kb latency 50ms
         fi

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from stages import STEPS, train
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
 
@@ -79,6 +80,15 @@ def dropout_model(tmp_path_factory):
 def wide_model(tmp_path_factory):
     """Large enough (60 MB of checkpoint) that writing its checkpoint takes a while."""
     return make_model(tmp_path_factory.mktemp("wide-model"), dropout=0.1, width=448)
+
+
+@pytest.fixture(scope="session")
+def alone(model, corpus, tmp_path_factory):
+    """Stage 01's run of STEPS: the curve that all others must follow."""
+    folder = tmp_path_factory.mktemp("alone")
+    flags = ["-m", model, "-d", corpus / "corpus.jsonl", "--save-dir", folder, "-e", "run"]
+    train("01", *flags, *STEPS, "-b", 8)
+    return folder / "run"
 
 
 @pytest.fixture

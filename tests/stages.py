@@ -11,6 +11,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu", "03": "03-multi-node"}
 
+# A short run of which every step is logged, and the 8th and 16th saved.
+STEPS = ["--max-steps", 16, "--log-freq", 1, "--ckpt-freq", 8, "--global-batch-size", 8]
+
 
 def command(stage, *flags, processes=None, torchrun=()):
     """Return the command line of a stage; processes: how many, through torchrun."""
@@ -43,6 +46,19 @@ def train(stage, *flags, processes=None, torchrun=(), env=None, fails=False, tim
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
+
+
+def dies_after_saving(folder):
+    """Return the environment in which a process kills itself once it has written a checkpoint."""
+    (folder / "sitecustomize.py").write_text(
+        "import os\n"
+        "replace = os.replace\n"
+        "def replace_then_die(a, b):\n"
+        "    replace(a, b)\n"
+        "    if str(b).endswith('checkpoint.pt'): os.kill(os.getpid(), 9)\n"
+        "os.replace = replace_then_die\n"
+    )
+    return {"PYTHONPATH": folder}
 
 
 def error_line(done):

@@ -14,7 +14,9 @@ import pytest
 import torch
 from stages import (
     ROOT,
+    STEPS,
     command,
+    dies_after_saving,
     environment,
     error_line,
     metrics,
@@ -64,18 +66,6 @@ def kill_rank(torchrun, rank, checkpoint, timeout=90):
     ranks = children(torchrun.pid)
     os.kill(ranks[rank], signal.SIGKILL)
     return ranks
-
-
-@pytest.fixture(scope="module")
-def alone(model, corpus, tmp_path_factory):
-    """Stage 01's run of 16 steps of 8 sequences: the curve that all others must follow."""
-    folder = tmp_path_factory.mktemp("alone")
-    flags = ["-m", model, "-d", corpus / "corpus.jsonl", "--save-dir", folder, "-e", "run"]
-    train("01", *flags, *STEPS, "-b", 8)
-    return folder / "run"
-
-
-STEPS = ["--max-steps", 16, "--log-freq", 1, "--ckpt-freq", 8, "--global-batch-size", 8]
 
 
 @pytest.mark.parametrize("processes, batch", [(1, 8), (1, 2), (2, 4), (2, 2), (4, 2), (4, 1)])
@@ -158,16 +148,7 @@ def test_another_stage_or_number_of_processes_goes_on_along_the_curve(
 ):
     """The first run is killed by a full stop at step 8: its checkpoint of step 16 never comes."""
     flags += [*STEPS, "-e", "run", "-b", 2]
-    stop = tmp_path / "sitecustomize.py"
-    stop.write_text(
-        "import os\n"
-        "replace = os.replace\n"
-        "def replace_then_die(a, b):\n"
-        "    replace(a, b)\n"
-        "    if str(b).endswith('checkpoint.pt'): os.kill(os.getpid(), 9)\n"
-        "os.replace = replace_then_die\n"
-    )
-    train(first[0], *flags, processes=first[1], env={"PYTHONPATH": tmp_path}, fails=True)
+    train(first[0], *flags, processes=first[1], env=dies_after_saving(tmp_path), fails=True)
     assert list(metrics(tmp_path / "run"))[-1] == 8
     done = train(then[0], *flags, processes=then[1])
     assert "resuming after step 8" in done.stderr

@@ -29,7 +29,7 @@ def words_of(line):
     """Return the environment and the script's arguments of a command line."""
     words = shlex.split(line)
     if words[0] == "ssh":
-        words = shlex.split(words[2].split("&& ")[-1])
+        words = shlex.split(words[-1].split("&& ")[-1])
     env = {}
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
