@@ -104,6 +104,7 @@ FAULTS = {
         "Unable to shutdown process",
         "forcefully exiting via 9",
         "has failed to send a keep-alive heartbeat",
+        "Failed to recv, got 0 bytes. Connection was likely closed",
     ],
     "host without power": ["no answer from rank 2 on node2, rank 3 on node2: ", ECHO],
     "cut link": [
@@ -207,6 +208,22 @@ def test_a_signal_to_one_rank_saves_and_stops_all_at_one_step(hosts, long, tmp_p
     assert time.monotonic() - began < 15
     assert [bool(run.returncode) for run in runs] == [bool(code)] * 2, outputs
     assert f"stopped by {number.name} after step" in outputs[0], outputs
+    assert saved_step(tmp_path / "run") == list(metrics(tmp_path / "run"))[-1]
+
+
+def test_a_torchrun_that_is_deaf_to_sigusr1_lets_its_ranks_hear_it(hosts, long, tmp_path):
+    """As under Slurm, which sends its warning to all processes of a job step."""
+    script = ROOT / "03-multi-node" / "train_llm.py"
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--rdzv-backend", "c10d"]
+    line += ["--rdzv-id", "test", "--rdzv-endpoint", "node1:29500", script, *long]
+    deaf = ["bash", "-c", 'trap "" USR1; exec "$@"', "-"]
+    runs = [hosts.start(host, *deaf, *line) for host in ("node1", "node2")]
+    once_saved(tmp_path, *runs)
+    for host in ("node1", "node2"):
+        hosts("run", host, "pkill", "-USR1", "-f", script)
+    outputs = finish(*runs, timeout=30)
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert "stopped by SIGUSR1 after step" in outputs[0]
     assert saved_step(tmp_path / "run") == list(metrics(tmp_path / "run"))[-1]
 
 
