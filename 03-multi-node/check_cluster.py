@@ -244,7 +244,7 @@ def check_disk(store, name, folder):
         own.unlink()
         free = shutil.disk_usage(folder).free / 1e9
         text, works = f"{free:,.1f} GB free", free >= 1
-        if rank == 0:
+        if rank == 0 and works:  # without a mark the others have nothing to look for
             mark = folder / f".check_cluster-{time.time_ns()}"
             mark.write_text("x")
     except OSError as error:
