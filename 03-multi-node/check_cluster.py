@@ -436,7 +436,11 @@ def parse_args():
         help="how long to wait for the other ranks; default 60")
     add("--json", type=Path, metavar="FILE", help="default: SAVE_DIR/check_cluster.json")
     # fmt: on
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("timeout", "parameters", "largest"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} {getattr(args, name)}: must be more than 0")
+    return args
 
 
 if __name__ == "__main__":

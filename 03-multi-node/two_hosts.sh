@@ -41,7 +41,9 @@ pid_of() {
 }
 
 on_switch() {
-    nsenter --target "$(pid_of switch)" "${enter_user[@]}" --net "$@"
+    local pid
+    pid=$(pid_of switch) || fail "the hosts are not running: $0 up"
+    nsenter --target "$pid" "${enter_user[@]}" --net "$@"
 }
 
 on_host() {

@@ -510,6 +510,16 @@ def test_two_hosts_leaves_nothing_behind(hosts, tmp_path):
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="no process")
     done = hosts("run", "node1", "true", check=False)
     assert done.returncode == 1 and "error: node1 is not running" in done.stdout
+    done = hosts("cut", check=False)
+    assert done.returncode == 1 and "error: the hosts are not running" in done.stdout
+
+
+def test_the_preflight_refuses_numbers_that_make_no_sense():
+    script = ROOT / "03-multi-node" / "check_cluster.py"
+    line = [sys.executable, script, "--timeout", "-3"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--timeout -3: must be more than 0" in error_line(done)
 
 
 def test_the_readme_s_commands_on_two_hosts(hosts, tmp_path):
