@@ -157,12 +157,16 @@ def main(args):
     # All ranks have started and have their data: from here on a long wait means that one is lost.
     dist.group.WORLD.set_timeout(timedelta(seconds=args.timeout))
     history = read_metrics(run_dir, step)
+    # Slurm sends SIGTERM to all processes of a job. The ranks need wandb's until they have stopped,
+    # so it inherits this block, and they hear the signal once they know what to do with it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     wandb_run = start_wandb(args, run_dir, history)
 
     # A signal to stop only leaves a note: all ranks must stop at the same step.
     signals = [0]
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
     # Train.
     progress = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0 or None)

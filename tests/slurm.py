@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes, node1 and node2, inside the namespaces of two_hosts.sh.
+"""A real Slurm of two nodes, node1 and node2, and sshd on both, in the namespaces of two_hosts.sh.
 
 Nothing of it is in the machine's own network, /run or /etc, so several can run side by side.
 """
@@ -12,7 +12,7 @@ from hosts import TWO_HOSTS, Hosts, wait_for
 from stages import environment
 
 NODES = ("node1", "node2")
-DAEMONS = ("munged", "slurmctld", "slurmd")
+DAEMONS = ("munged", "slurmctld", "slurmd", "sshd")
 
 # No cgroups, which containers may not have; more CPUs than the machine has, so that jobs can share
 # a node; and a requeued job starts again after cred_expire instead of two minutes.
@@ -39,6 +39,22 @@ PartitionName=main Nodes=ALL Default=YES DefaultTime=10
 NodeName=node[1-2] CPUs=8 RealMemory=64000 {gres}
 """
 
+# What a login gives on these hosts: with one thread, nproc counts one core.
+SSHD = """
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/user_key.pub
+StrictModes no
+UsePAM no
+SetEnv OMP_NUM_THREADS=1 HF_HOME={cache} WANDB_MODE=offline
+"""
+
+SSH = """
+IdentityFile {folder}/user_key
+UserKnownHostsFile {folder}/known_hosts
+StrictHostKeyChecking no
+LogLevel ERROR
+"""
+
 # Daemons get what they expect at the places where they expect it, on this host only.
 HOST = """
 mount -t tmpfs tmpfs /run
@@ -47,6 +63,9 @@ mkdir -p /run/munge /run/sshd "$1/spool-$(hostname)"
 munged --key-file="$1/munge.key" --log-file="$1/munged-$(hostname).log" --seed-file=/run/munge/seed
 [ "$(hostname)" != node1 ] || slurmctld
 slurmd
+sed 's/^root:[^:]*/root:*/' /etc/shadow > /run/shadow # no password, but not locked
+mount --bind /run/shadow /etc/shadow
+/usr/sbin/sshd -f "$1/sshd_config"
 """
 
 
@@ -65,6 +84,12 @@ class Slurm(Hosts):
         (self.folder / "etc/gres.conf").write_text(
             f"Name=gpu File={','.join(devices)}\n" if gpus else ""
         )
+        for name in ("host_key", "user_key"):
+            path = self.folder / name
+            subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", path], check=True)
+        for name, text in {"sshd_config": SSHD, "ssh_config": SSH}.items():
+            values = {"folder": self.folder, "cache": os.environ.get("HF_HOME")}
+            (self.folder / name).write_text(text.format(**values))
         for node in NODES:
             self("run", node, "bash", "-euc", HOST, "-", self.folder)
         wait_for(
@@ -114,7 +139,7 @@ class Slurm(Hosts):
 
     def left_behind(self):
         """Return the processes on both hosts that are not the cluster's own."""
-        own, lines = {*DAEMONS, "slurmscriptd", "sshd", "sleep", "ps"}, []
+        own, lines = {*DAEMONS, "slurmscriptd", "sleep", "ps"}, []
         for node in NODES:
             table = self("run", node, "ps", "-eo", "pid=,comm=,args=").stdout.splitlines()
             words = [line.split(maxsplit=2) for line in table]
@@ -128,5 +153,6 @@ def why_not_slurm():
     """Return why this machine cannot have a Slurm of two nodes; None if it can."""
     if os.geteuid() != 0:
         return "Slurm's daemons are started by root"
-    missing = [name for name in (*DAEMONS, "sbatch") if not shutil.which(name)]
-    return f"slurm-wlm and munge: {', '.join(missing)} is missing" if missing else None
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    missing = [name for name in (*DAEMONS, "sbatch", "ssh") if not shutil.which(name, path=path)]
+    return f"install slurm-wlm, munge, openssh-server: no {', '.join(missing)}" if missing else None

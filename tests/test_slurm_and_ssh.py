@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import signal_rank, wait_for, why_not
+from hosts import finish, signal_rank, wait_for, why_not
 from slurm import NODES, Slurm, why_not_slurm
 from stages import ROOT, STEPS, metrics, worst_difference
 
@@ -19,7 +19,9 @@ VENV = BIN.parent if (BIN / "activate").exists() else ""  # where these tests ru
 REASON = why_not() or why_not_slurm()
 pytestmark = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
 
-MULTI, SINGLE = "multinode_torchrun.sbatch", "singlenode_torchrun.sbatch"
+MULTI, SINGLE, MANUAL = (
+    f"{name}.sbatch" for name in ("multinode_torchrun", "singlenode_torchrun", "manual_spawn")
+)
 CPU = ["--gpus-per-node=0", "--cpus-per-task=1"]  # one process per node, with one thread
 
 
@@ -35,7 +37,13 @@ def slurm(tmp_path_factory):
 def repository(tmp_path):
     """A copy, since jobs write their output where they are submitted."""
     copy = tmp_path / "repository"
-    for name in ("01-single-gpu", "02-multi-gpu", "03-multi-node", "job_scripts"):
+    for name in (
+        "01-single-gpu",
+        "02-multi-gpu",
+        "03-multi-node",
+        "04-manual-spawn",
+        "job_scripts",
+    ):
         shutil.copytree(ROOT / name, copy / name)
     return copy
 
@@ -168,7 +176,9 @@ def test_warning_before_the_time_limit_requeues_and_scancel_saves(slurm, reposit
     assert job.finish()[0] == "CANCELLED"
     nothing_left(slurm, "scancel")
     assert saved_step(job.run_dir) == last_step(job.run_dir) > stopped
-    job.wait_for("stopped by SIGTERM after step")
+    # To the file only: torchrun, which passes the output on, hears the signal first.
+    logs = (job.logs / "attempt1/node1").glob("*/attempt_0/0/stderr.log")
+    assert "stopped by SIGTERM after step" in "".join(path.read_text() for path in logs)
 
 
 def test_a_dead_rank_fails_the_job_and_the_next_in_the_chain_goes_on(
@@ -198,7 +208,7 @@ def test_a_failed_preflight_ends_the_job_before_training(slurm, repository, args
     assert not job.run_dir.exists()
 
 
-@pytest.mark.parametrize("script", [MULTI, SINGLE])
+@pytest.mark.parametrize("script", [MULTI, SINGLE, MANUAL])
 def test_wrong_settings_are_named(slurm, repository, script):
     wrong = {"VENV": "/nowhere", "SCRIPT": "nothing.py"}
     jobs = {
@@ -207,3 +217,89 @@ def test_wrong_settings_are_named(slurm, repository, script):
     for name, job in jobs.items():
         assert job.finish() == ("FAILED", "1:0")
         assert f"error: {name}: " in job.output() and wrong[name] in job.output()
+
+
+def test_stage_04_on_two_nodes(slurm, repository, args, alone):
+    job = Job(slurm, repository, MANUAL, *CPU, ARGS=args("-e", "run", "-b", 4))
+    assert job.finish() == ("COMPLETED", "0:0"), job.output()
+    assert worst_difference(metrics(alone), metrics(job.run_dir)) < 1e-4
+    assert metrics(job.run_dir)[16]["world_size"] == 2
+    assert "step    16" in (job.logs / "attempt0/node1.log").read_text()
+    nothing_left(slurm, "end")
+
+
+def test_stage_04_requeues_saves_and_fails(slurm, repository, corpus, endless):
+    job = Job(slurm, repository, MANUAL, *CPU, PREFLIGHT=0, ARGS=endless)
+    job.once_saved()
+    slurm.command("scancel", "--batch", "--signal=USR1", job.number)  # as before the time limit
+    job.wait_for("stopped by SIGUSR1 after step")
+    job.wait_for("resuming after step")
+    wait_for(lambda: (job.logs / "attempt1").exists(), what="the second attempt")
+    stopped = saved_step(job.run_dir)
+    wait_for(lambda: last_step(job.run_dir) > stopped, what="steps after the requeue")
+    slurm.command("scancel", job.number)
+    nothing_left(slurm, "scancel")
+    assert saved_step(job.run_dir) == last_step(job.run_dir) > stopped
+
+
+def over_ssh(slurm, repository, **env):
+    """Start multinode_ssh.sh on node1, in a process group of its own as a terminal would."""
+    (repository / "hosts.txt").write_text("# two hosts\nnode1\n\nnode2\n")
+    env = {"HOSTS": "hosts.txt", "SSH": f"ssh -F {slurm.folder}/ssh_config", "VENV": VENV} | env
+    script = repository / "job_scripts/multinode_ssh.sh"
+    line = ["setsid", "--wait", "env", f"--chdir={repository}", script]
+    run = slurm.start("node1", *line, **env)
+    run.repository = repository
+    return run
+
+
+def launcher(slurm):
+    return slurm.command("pgrep", "-of", "^bash .*multinode_ssh.sh").stdout.strip()
+
+
+def test_ssh_trains_on_both_hosts(slurm, repository, args, alone):
+    run = over_ssh(slurm, repository, ARGS=args("-e", "run", "-b", 4))
+    (output,) = finish(run)
+    assert run.returncode == 0, output
+    assert "node1: [default0]:fit to train: 2 ranks on 2 hosts" in output
+    assert worst_difference(metrics(alone), metrics(repository / "outputs/run")) < 1e-4
+    assert metrics(repository / "outputs/run")[16]["world_size"] == 2
+    for node in NODES:
+        logs = repository / "outputs/jobs"
+        assert list(logs.glob(f"*/{node}.training.log")), list(logs.glob("*/*"))
+        assert list(logs.glob(f"*/{node}.training/*/attempt_0/0/stderr.log"))
+    nothing_left(slurm, "end")
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "launcher killed", "rank killed"])
+def test_ssh_ends_everything_everywhere(slurm, repository, corpus, endless, end):
+    run = over_ssh(slurm, repository, PREFLIGHT=0, ARGS=endless)
+    run_dir = repository / "outputs/run"
+    wait_for((run_dir / "checkpoint.pt").exists, what=run.output)
+    began = time.monotonic()
+    if end == "Ctrl-C":
+        slurm.command("kill", "-INT", "--", f"-{launcher(slurm)}")
+    elif end == "launcher killed":
+        slurm.command("kill", "-KILL", launcher(slurm))
+    else:
+        signal_rank(1, signal.SIGKILL, start=corpus)
+    (output,) = finish(run)
+    assert run.returncode != 0
+    nothing_left(slurm, end)
+    print(f"{end}: all over after {time.monotonic() - began:.0f} s")
+    if end != "rank killed":
+        assert saved_step(run_dir) == last_step(run_dir), output
+
+
+def test_ssh_says_what_is_wrong(slurm, repository):
+    wrong = {
+        "HOSTS": ("nowhere.txt", "error: HOSTS=nowhere.txt: no such file"),
+        "SCRIPT": ("nothing.py", "error: SCRIPT=nothing.py: not in "),
+        "VENV": ("/nowhere", "node2: error: VENV=/nowhere: no bin/torchrun in it"),
+        "GLOO_SOCKET_IFNAME": ("eth7", "node2 has no interface eth7 (GLOO_SOCKET_IFNAME)"),
+    }
+    for name, (value, message) in wrong.items():
+        run = over_ssh(slurm, repository, **{name: value})
+        (output,) = finish(run)
+        assert run.returncode == 1 and message in output, output
+    assert not (repository / "outputs/ssh").exists()
