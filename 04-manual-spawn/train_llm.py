@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -157,16 +157,12 @@ def main(args):
     # All ranks have started and have their data: from here on a long wait means that one is lost.
     dist.group.WORLD.set_timeout(timedelta(seconds=args.timeout))
     history = read_metrics(run_dir, step)
-    # Slurm sends SIGTERM to all processes of a job. The ranks need wandb's until they have stopped,
-    # so it inherits this block, and they hear the signal once they know what to do with it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     wandb_run = start_wandb(args, run_dir, history)
 
     # A signal to stop only leaves a note: all ranks must stop at the same step.
     signals = [0]
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
     # Train.
     progress = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0 or None)
@@ -276,14 +272,16 @@ def launch(args):
         threads = max(1, torch.get_num_threads() // args.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # A signal to stop is passed on: the workers save, and end at the same step. Ctrl-C is for this
-    # process alone, though the terminal sends it to all: what is ignored now, the workers inherit.
+    # process alone, though the terminal sends it to all, and SIGUSR1, which Slurm sends to all, is
+    # for nobody yet who would die of it: what is ignored now, the new processes inherit.
     signals = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     workers = mp.spawn(worker, (args,), args.nproc_per_node, join=False)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: signals.append(number))
         # If one fails, the others have 15 s to end by themselves, and 15 more after a SIGTERM.
         while not workers.join(timeout=0.5, grace_period=15):
             for process in filter(mp.Process.is_alive, workers.processes if signals else []):
@@ -477,10 +475,14 @@ def check_agreement(facts, only_warn=()):
 
 def stop_all_ranks(number, step, wandb_run):
     """Exit on all ranks after a step at which rank 0 has saved."""
+    # It may come twice: from Slurm, which sends it to each process, and from the parent. Python has
+    # no handlers while it ends: the second one would kill it, after all is done.
+    signal.signal(number, signal.SIG_IGN)
     log.info(f"stopped by {signal.Signals(number).name} after step {step}; with -e it is saved")
     dist.barrier()  # the end of one rank makes torchrun end the others: wait for rank 0's save
     dist.destroy_process_group()
-    wandb_run.finish()
+    with suppress(ConnectionError):
+        wandb_run.finish()
     # SIGUSR1 is a scheduler's warning, and was heeded: success. After SIGTERM, torchrun must not
     # take the end of its processes for the end of the training.
     sys.exit(0 if number == signal.SIGUSR1 else 128 + number)
@@ -779,7 +781,8 @@ def write_metrics(row, run_dir, wandb_run, progress):
         f"grad_norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tokens/s"
     )
     progress.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s")
-    wandb_run.log(row, step=row["step"])
+    with suppress(ConnectionError):  # Slurm's SIGTERM also ends wandb's process: the saving comes next
+        wandb_run.log(row, step=row["step"])
     if run_dir and dist.get_rank() == 0:
         try:
             with open(run_dir / "metrics.jsonl", "a") as file:
