@@ -421,18 +421,18 @@ def end_with_the_parent():
 
 
 def start_process_group(on_gpu, timeout):
-    """Return the rank of this process and their number, as worker() has set them."""
+    """Return the rank of this process and their number, as `worker` has set them."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # At first waiting is no fault: some ranks may still be reading libraries from a slow disk.
     timeout = timedelta(seconds=max(timeout, 300))
-    # Both ways to say who this is: the environment has RANK and WORLD_SIZE, and an argument of
-    # init_process_group goes before it. MASTER_ADDR and MASTER_PORT come from the environment.
+    # MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK come from the environment. Instead of the last
+    # two one can say it here: init_process_group(..., world_size=world_size, rank=rank).
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)  # from here on "cuda" is this GPU
         dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
-        dist.init_process_group("gloo", timeout=timeout, rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", timeout=timeout)
     dist.group.WORLD.get_group_store().set(f"host of rank {rank}", socket.gethostname())
     return rank, world_size
 
