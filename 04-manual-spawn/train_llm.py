@@ -286,11 +286,11 @@ def launch(args):
                 os.kill(process.pid, signals[0])
             del signals[:1]
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        rank, _ = place(args.nnodes, args.nproc_per_node, args.node_rank, error.error_index)
-        code = getattr(error, "exit_code", 1)
-        if code < 0 or isinstance(error, mp.ProcessRaisedException):
-            log.error(f"rank {rank} has failed: {error}")  # with the traceback, if there is one
-        sys.exit(code if code > 0 else 128 - code)
+        code = getattr(error, "exit_code", None)  # None: an exception, whose traceback it brings
+        if code is None or code < 0:  # otherwise the rank itself has said why
+            rank, _ = place(args.nnodes, args.nproc_per_node, args.node_rank, error.error_index)
+            log.error(f"rank {rank} has failed: {error}")
+        sys.exit(1 if code is None else code if code > 0 else 128 - code)
     except KeyboardInterrupt:
         sys.exit("stopped: with -e, the same command goes on from the last checkpoint")
     finally:

@@ -33,6 +33,7 @@ REASON = why_not()
 needs_hosts = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
 
 TIMEOUT = 6
+KILLED = "rank 1 has failed: process 1 terminated with signal SIGKILL"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def settle(stage, monkeypatch, caplog):
     def settle(line, **env):
         monkeypatch.setattr(sys, "argv", ["train_llm.py", *line.split()])
         for name in list(os.environ):
-            if name.startswith(("SLURM_", "PBS_", "PMI_", "OMPI_", "MASTER_", "WORLD_SIZE")):
+            if name.startswith(("SLURM_", "PBS_", "PMI_", "OMPI_", "MASTER_", "WORLD_", "TORCHEL")):
                 monkeypatch.delenv(name)
         for name, value in env.items():
             monkeypatch.setenv(name, str(value))
@@ -170,7 +171,7 @@ def long(flags, dropout_model, tmp_path):
         (signal.SIGUSR1, "launcher", 0, "stopped by SIGUSR1 after step"),
         (signal.SIGINT, "all", 1, "stopped: with -e, the same command goes on"),
         (signal.SIGKILL, "launcher", -9, ""),
-        (signal.SIGKILL, "rank 1", 137, "rank 1 has failed: process 1 terminated with signal SIGK"),
+        (signal.SIGKILL, "rank 1", 137, KILLED),
     ],
 )
 def test_no_process_is_left_behind(long, tmp_path, number, whom, code, said):
@@ -302,6 +303,17 @@ BAD = [
 def test_bad_input(settle, line, env, message):
     error = settle(line, **env)
     assert isinstance(error, str) and error.startswith("error: ") and message in error, error
+
+
+def test_the_readme_s_messages_are_those_of_the_script(settle):
+    errors = [settle(line, **env) for line, env, _ in BAD]
+    errors += [KILLED, "cannot listen at", "node 0 does not answer yet"]  # in other tests
+    section = README.partition("## When it goes wrong")[2].partition("## Key")[0]
+    rows = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+    assert len(rows) >= 10
+    for text in rows:
+        torch_s_own = text.startswith("The client socket has timed out")
+        assert torch_s_own or any(text in error for error in errors), text
 
 
 def test_a_port_that_is_taken_is_said_at_once_and_not_replaced(flags):
