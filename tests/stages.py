@@ -30,10 +30,15 @@ def command(stage, *flags, processes=None, torchrun=()):
 
 
 def environment(**extra):
-    """One thread per process: with more threads than cores OpenMP's waiting costs minutes."""
+    """Return the environment of a run; None takes a variable out.
+
+    One thread per process: with more threads than cores OpenMP's waiting costs minutes. Without
+    wandb, whose own processes cost seconds: the tests that look at it say WANDB_MODE=None.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_HUB_OFFLINE"))}
     env |= {"OMP_NUM_THREADS": "1", "HOME": os.environ.get("TEST_HOME", env["HOME"])}
-    return env | {key: str(value) for key, value in extra.items()}
+    env |= {"WANDB_MODE": "disabled"} | extra
+    return {key: str(value) for key, value in env.items() if value is not None}
 
 
 def train(stage, *flags, processes=None, torchrun=(), env=None, fails=False, timeout=180):

@@ -113,7 +113,8 @@ def test_ranks_are_complete_and_in_order_for_any_cluster(stage):
 
 @pytest.mark.parametrize("processes, batch", [(1, 8), (2, 4), (4, 1)])
 def test_same_loss_curve(flags, alone, tmp_path, processes, batch):
-    train("04", *flags, *STEPS, "-b", batch, "-e", "run", processes=processes)
+    wandb = {"WANDB_MODE": None}
+    train("04", *flags, *STEPS, "-b", batch, "-e", "run", processes=processes, env=wandb)
     difference = worst_difference(metrics(alone), metrics(tmp_path / "run"))
     print(f"{processes} processes, batch size {batch}: largest difference {difference:.1e}")
     assert difference < 1e-4
@@ -178,7 +179,7 @@ def test_no_process_is_left_behind(long, tmp_path, number, whom, code, said):
     with open(tmp_path / "output", "w+") as output:
         run = subprocess.Popen(
             command("04", *long, processes=2),
-            env=environment(),
+            env=environment(WANDB_MODE=None),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
