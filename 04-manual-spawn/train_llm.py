@@ -288,11 +288,11 @@ def launch(args):
                 os.kill(process.pid, signals[0])
             del signals[:1]
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        rank, _ = place(args.nnodes, args.nproc_per_node, args.node_rank, error.error_index)
-        code = getattr(error, "exit_code", 1)
-        if code < 0 or isinstance(error, mp.ProcessRaisedException):
-            log.error(f"rank {rank} has failed: {error}")  # with the traceback, if there is one
-        sys.exit(code if code > 0 else 128 - code)
+        code = getattr(error, "exit_code", None)  # None: an exception, whose traceback it brings
+        if code is None or code < 0:  # otherwise the rank itself has said why
+            rank, _ = place(args.nnodes, args.nproc_per_node, args.node_rank, error.error_index)
+            log.error(f"rank {rank} has failed: {error}")
+        sys.exit(1 if code is None else code if code > 0 else 128 - code)
     except KeyboardInterrupt:
         sys.exit("stopped: with -e, the same command goes on from the last checkpoint")
     finally:
@@ -423,18 +423,18 @@ def end_with_the_parent():
 
 
 def start_process_group(on_gpu, timeout):
-    """Return the rank of this process and their number, as worker() has set them."""
+    """Return the rank of this process and their number, as `worker` has set them."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # At first waiting is no fault: some ranks may still be reading libraries from a slow disk.
     timeout = timedelta(seconds=max(timeout, 300))
-    # Both ways to say who this is: the environment has RANK and WORLD_SIZE, and an argument of
-    # init_process_group goes before it. MASTER_ADDR and MASTER_PORT come from the environment.
+    # MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK come from the environment. Instead of the last
+    # two one can say it here: init_process_group(..., world_size=world_size, rank=rank).
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)  # from here on "cuda" is this GPU
         dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
-        dist.init_process_group("gloo", timeout=timeout, rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", timeout=timeout)
     dist.group.WORLD.get_group_store().set(f"host of rank {rank}", socket.gethostname())
     return rank, world_size
 
