@@ -613,7 +613,7 @@ def write_metrics(row, run_dir, wandb_run, progress):
         f"grad_norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tokens/s"
     )
     progress.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s")
-    with suppress(ConnectionError):  # Slurm's SIGTERM also ends wandb's process: the saving comes next
+    with suppress(ConnectionError):  # Slurm's SIGTERM also ends wandb's process: go on and save
         wandb_run.log(row, step=row["step"])
     if run_dir and dist.get_rank() == 0:
         try:
