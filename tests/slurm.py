@@ -15,7 +15,7 @@ NODES = ("node1", "node2")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sshd")
 
 # No cgroups, which containers may not have; more CPUs than the machine has, so that jobs can share
-# a node; and a requeued job starts again after cred_expire instead of two minutes.
+# a node; and a requeued job starts again after cred_expire (at least 5 s) instead of two minutes.
 CONF = """
 ClusterName=test
 SlurmctldHost=node1
@@ -28,7 +28,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 MinJobAge=3600
-SchedulerParameters=batch_sched_delay=0,bf_interval=1
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 StateSaveLocation={folder}/state
@@ -45,7 +45,7 @@ HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/user_key.pub
 StrictModes no
 UsePAM no
-SetEnv OMP_NUM_THREADS=1 HF_HOME={cache} WANDB_MODE=offline
+SetEnv OMP_NUM_THREADS=1 HF_HOME={cache} WANDB_MODE=disabled
 """
 
 SSH = """

@@ -158,7 +158,8 @@ def test_an_array_of_seeds_on_shared_nodes(slurm, repository, args, alone):
 
 
 def test_warning_before_the_time_limit_requeues_and_scancel_saves(slurm, repository, endless):
-    job = Job(slurm, repository, MULTI, *CPU, PREFLIGHT=0, ARGS=endless)
+    # With wandb: a SIGTERM to all processes ends it first.
+    job = Job(slurm, repository, MULTI, *CPU, PREFLIGHT=0, ARGS=endless, WANDB_MODE=None)
     job.once_saved()
     # The rest of the time is now less than the 120 s of --signal.
     slurm.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
@@ -228,11 +229,10 @@ def test_stage_04_on_two_nodes(slurm, repository, args, alone):
     nothing_left(slurm, "end")
 
 
-def test_stage_04_requeues_saves_and_fails(slurm, repository, corpus, endless):
-    job = Job(slurm, repository, MANUAL, *CPU, PREFLIGHT=0, ARGS=endless)
+def test_stage_04_requeues_and_saves(slurm, repository, endless):
+    job = Job(slurm, repository, MANUAL, *CPU, PREFLIGHT=0, ARGS=endless, WANDB_MODE=None)
     job.once_saved()
     slurm.command("scancel", "--batch", "--signal=USR1", job.number)  # as before the time limit
-    job.wait_for("stopped by SIGUSR1 after step")
     job.wait_for("resuming after step")
     wait_for(lambda: (job.logs / "attempt1").exists(), what="the second attempt")
     stopped = saved_step(job.run_dir)
