@@ -60,7 +60,8 @@ def settle(stage, monkeypatch, caplog):
         try:
             args = stage.parse_args()
             stage.settle_the_nodes(args)
-            stage.settle_the_master(args)
+            if stage.serve_the_store(args) is None:
+                assert args.node_rank > 0
         except SystemExit as error:
             return str(error)
         return args
@@ -291,6 +292,7 @@ BAD = [
     ("", {"MASTER_PORT": "http"}, "MASTER_PORT is http: "),
     ("", {"PBS_NODENUM": 0, "PBS_NODEFILE": "/nope"}, "PBS_NODEFILE is /nope: "),
     ("--master-port 70000", {}, "--master-port 70000: must be 1 to 65535"),
+    ("", {"MASTER_PORT": 70000}, "--master-port 70000: must be 1 to 65535"),
     ("--nproc-per-node 2", {"WORLD_SIZE": 4}, "WORLD_SIZE is 4, but 1 nodes x 2 processes are 2"),
     ("", {"TORCHELASTIC_RUN_ID": "x"}, "start this stage with python"),
     (f"{NODE_0} --master-addr localhost", {}, "--master-addr localhost is 127.0.0.1 on "),
