@@ -41,7 +41,7 @@ AS_USER = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
 
 class PBS:
     def __init__(self, hosts, kill_delay=10):
-        self.hosts, self.kill_delay = hosts, kill_delay
+        self.hosts, self.kill_delay, self.closed = hosts, kill_delay, False
         self.jobs, self.numbers, self.first = {}, count(123), []
         self.first = [pid for host in NODES for pid in self.processes(host)]  # the hosts' own
         self.home, self.bin = hosts.folder / "pbs" / "home", hosts.folder / "pbs" / "bin"
@@ -70,6 +70,7 @@ class PBS:
 
     def close(self):
         """Forget all jobs; the hosts end their processes."""
+        self.closed = True
         self.server.shutdown()
         self.server.server_close()
         shutil.rmtree(Path(self.socket).parent)
@@ -176,6 +177,8 @@ class PBS:
                 job.over = True
                 self.qdel(job.id)
                 status = script.wait()
+            if self.closed:
+                return
             self.signal(job, signal.SIGKILL)
             if not job.requeued:
                 break
