@@ -148,7 +148,7 @@ class PBS:
         files = {end: self.mom / f"{job.id}.{end}" for end in ("SC", "OU", "nodes")}
         files["SC"].write_text(job.script)
         files["nodes"].write_text("".join(f"{line}\n" for line in job.lines))
-        scratch = self.bin / job.id
+        scratch = Path(self.socket).parent / job.id  # short: sockets are made in it
         scratch.mkdir()
         variables = {
             "PBS_JOBID": job.id,
