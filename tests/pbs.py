@@ -128,6 +128,10 @@ class PBS:
         kill.daemon = True
         kill.start()
 
+    def end_of_walltime(self, job_id):
+        self.jobs[job_id].over = True
+        self.qdel(job_id)
+
     def qrerun(self, job_id):
         job = self.jobs[job_id]
         job.requeued = True
@@ -174,8 +178,7 @@ class PBS:
             try:
                 status = script.wait(job.walltime)
             except subprocess.TimeoutExpired:
-                job.over = True
-                self.qdel(job.id)
+                self.end_of_walltime(job.id)
                 status = script.wait()
             if self.closed:
                 return
@@ -245,7 +248,7 @@ class PBS:
 
     def signal(self, job, number, sessions=None, only=None):
         """Send a signal to the processes of sessions (default: the job's), as a MoM does."""
-        for host, process in sessions or list(job.sessions):
+        for host, process in [] if self.closed else sessions or list(job.sessions):
             for pid in self.processes(host) if only in (None, host) else []:
                 with contextlib.suppress(ProcessLookupError):
                     if os.getsid(pid) == process.pid:

@@ -122,7 +122,8 @@ def test_two_jobs_on_the_same_hosts_one_loses_a_rank_the_other_is_deleted(pbs):
     signal_rank(1, signal.SIGKILL, start="failing")
     status, output = pbs.end(failing, timeout=20)
     assert status == 1
-    assert "node2" in output and "Signal 9 (SIGKILL)" in output
+    assert re.search(r"^node2.train.log: .*Signal 9 \(SIGKILL\) received", output, re.MULTILINE)
+    assert "[node1 rank 0] a rank has died" in output
     pbs.qdel(deleted)
     status, output = pbs.end(deleted, timeout=15)
     assert status == 1 and "stopped by SIGTERM after step" in output
@@ -131,12 +132,13 @@ def test_two_jobs_on_the_same_hosts_one_loses_a_rank_the_other_is_deleted(pbs):
 
 
 def test_a_rerun_job_continues_with_logs_of_its_own_and_ends_at_the_walltime(pbs):
-    job = pbs.submit(MULTI, *FOREVER, "--ckpt-freq", 10, options=["-l", "walltime=0:0:25"])
+    job = pbs.submit(MULTI, *FOREVER, "--ckpt-freq", 10)
     pbs.has_started("run")
     pbs.qrerun(job)
     pbs.has_started("run")
     logs = pbs.outputs / "jobs" / job
     assert "resuming after step" in (logs / "run1" / "node1.train.log").read_text()
+    pbs.end_of_walltime(job)
     assert pbs.end(job)[0] == -29
     assert pbs.saved_step("run") == pbs.last_step("run")
     assert pbs.all_gone()
@@ -153,7 +155,7 @@ def test_ranks_that_ignore_term_do_not_outlive_the_job(pbs):
     pbs.kill_delay = 2
     job = pbs.submit(MULTI, SCRIPT="deaf.py")
     wait_for(lambda: all((pbs.repository / f"{host}.started").exists() for host in NODES))
-    assert len(pbs.left_behind()) > 10
+    assert len(pbs.left_behind()) >= 8
     pbs.qdel(job)
     assert pbs.end(job)[0] == 265
     assert pbs.all_gone()
@@ -171,7 +173,6 @@ def test_a_host_that_fails_alone_ends_the_job(pbs):
 def test_array_of_seeds(pbs):
     jobs = pbs.submit(MULTI, "--max-steps", 2, options=["-J", "1-2", "-N", "sweep"])
     assert [pbs.end(job)[0] for job in jobs] == [0, 0]
-    losses = {pbs.last_step(f"sweep-seed{seed}"): 0 for seed in (1, 2)}
     losses = [metrics(pbs.outputs / f"sweep-seed{seed}")[2]["loss"] for seed in (1, 2)]
     assert losses[0] != losses[1]
 
