@@ -82,7 +82,7 @@ def pbs(tmp_path, model, corpus):
 
 
 def test_preflight_then_the_same_loss_curve_from_the_root(pbs, alone):
-    job = pbs.submit(MULTI, *STEPS, PREFLIGHT=1)
+    job = pbs.submit(MULTI, *STEPS, PREFLIGHT=1, NPROC="")
     pbs.has_started("run")
     status, output = pbs.end(job)
     assert status == 0
@@ -97,10 +97,11 @@ def test_preflight_then_the_same_loss_curve_from_the_root(pbs, alone):
 
 
 def test_stopped_before_the_walltime_and_continued_by_a_chained_job(pbs):
-    """Time is up when the training begins: the ranks stop as soon as they listen."""
+    """Time is up when the training begins: the ranks stop as soon as they listen. The chained job
+    is of stage 04, so both ways to warn the ranks are tried."""
     options = {"folder": "job_scripts", "STOP_AFTER": 1}
     first = pbs.submit(MULTI, *FOREVER, **options)
-    second = pbs.submit(MULTI, *FOREVER, options=["-W", f"depend=afterok:{first}"], **options)
+    second = pbs.submit(MANUAL, *FOREVER, options=["-W", f"depend=afterok:{first}"], **options)
     status, output = pbs.end(first)
     assert status == 0
     step = pbs.saved_step("run")
@@ -116,7 +117,7 @@ def test_stopped_before_the_walltime_and_continued_by_a_chained_job(pbs):
 
 def test_two_jobs_on_the_same_hosts_one_loses_a_rank_the_other_is_deleted(pbs):
     failing = pbs.submit(MULTI, *FOREVER, "-e", "failing")
-    deleted = pbs.submit(MULTI, *FOREVER, "-e", "deleted")
+    deleted = pbs.submit(MANUAL, *FOREVER, "-e", "deleted")
     pbs.has_started("failing")
     pbs.has_started("deleted")
     signal_rank(1, signal.SIGKILL, start="failing")
@@ -126,7 +127,7 @@ def test_two_jobs_on_the_same_hosts_one_loses_a_rank_the_other_is_deleted(pbs):
     assert "[node1 rank 0] a rank has died" in output
     pbs.qdel(deleted)
     status, output = pbs.end(deleted, timeout=15)
-    assert status == 1 and "stopped by SIGTERM after step" in output
+    assert status == 143 and "stopped by SIGTERM after step" in output
     assert pbs.saved_step("deleted") == pbs.last_step("deleted") > 0
     assert pbs.all_gone()
 
@@ -180,9 +181,8 @@ def test_array_of_seeds(pbs):
 def test_a_failed_preflight_stops_the_job(pbs):
     """And a variable of qsub -v is known on all hosts."""
     status, output = pbs.end(pbs.submit(MULTI, PREFLIGHT=1, GLOO_SOCKET_IFNAME="eth7"))
-    assert status == 1 and "train" not in output
-    (log,) = pbs.outputs.glob("jobs/*/run0/node1.preflight.log")
-    assert "node2 has no interface eth7 (GLOO_SOCKET_IFNAME)" in log.read_text()
+    assert status == 1 and "train:" not in output
+    assert "PROBLEM: node2 has no interface eth7 (GLOO_SOCKET_IFNAME)" in output
     assert not (pbs.outputs / "run").exists()
 
 
@@ -211,9 +211,24 @@ def test_one_host(pbs, alone):
     assert pbs.all_gone()
 
 
+def test_one_host_is_asked_to_stop(pbs):
+    job = pbs.submit(SINGLE, *FOREVER, "-b", 8, SCRIPT="03-multi-node/train_llm.py", NPROC="")
+    pbs.has_started("run")
+    pbs.qdel(job)
+    status, output = pbs.end(job, timeout=15)
+    assert status == 1 and "stopped by SIGTERM after step" in output
+    assert pbs.saved_step("run") == pbs.last_step("run")
+    assert pbs.all_gone()
+
+
 def test_manual_spawn(pbs, alone):
     job = pbs.submit(MANUAL, *STEPS, PREFLIGHT=1)
     pbs.has_started("run")
     assert pbs.end(job)[0] == 0
     assert worst_difference(metrics(alone), metrics(pbs.outputs / "run")) < 1e-4
+    failing = pbs.submit(MANUAL, *FOREVER, "-e", "failing")
+    pbs.has_started("failing")
+    signal_rank(1, signal.SIGKILL, start="failing")
+    status, output = pbs.end(failing, timeout=30)
+    assert status not in (0, None)
     assert pbs.all_gone()
