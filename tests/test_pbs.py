@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,7 +229,10 @@ def test_manual_spawn(pbs, alone):
     assert worst_difference(metrics(alone), metrics(pbs.outputs / "run")) < 1e-4
     failing = pbs.submit(MANUAL, *FOREVER, "-e", "failing")
     pbs.has_started("failing")
-    signal_rank(1, signal.SIGKILL, start="failing")
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pbs.processes("node2")}
+    (rank,) = [pid for pid in words if b"spawn_main" in words[pid]]
+    os.kill(rank, signal.SIGKILL)
     status, output = pbs.end(failing, timeout=30)
     assert status not in (0, None)
+    assert "[node2 launcher] rank 1 has failed: process 0 terminated with signal SIGKILL" in output
     assert pbs.all_gone()
