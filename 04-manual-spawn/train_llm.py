@@ -267,7 +267,7 @@ def main(args):
 def launch(args):
     """Start the processes of this node and watch them; return when all have ended well."""
     settle_the_nodes(args)
-    settle_the_master(args)
+    store = serve_the_store(args)  # noqa: F841  it ends with its last reference
     if args.nproc_per_node > 1:  # more threads than cores would only wait for each other
         threads = max(1, torch.get_num_threads() // args.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -280,17 +280,17 @@ def launch(args):
     workers = mp.spawn(worker, (args,), args.nproc_per_node, join=False)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # If one fails, the others have 15 s to end by themselves, and 15 more after a SIGTERM.
-        while not workers.join(timeout=0.5, grace_period=15):
+        # If one fails, the others get a SIGTERM, and 30 s later a SIGKILL, as under torchrun.
+        while not workers.join(timeout=0.5):
             for process in filter(mp.Process.is_alive, workers.processes if signals else []):
                 os.kill(process.pid, signals[0])
             del signals[:1]
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        rank, _ = place(args.nnodes, args.nproc_per_node, args.node_rank, error.error_index)
-        code = getattr(error, "exit_code", 1)
-        if code < 0 or isinstance(error, mp.ProcessRaisedException):
-            log.error(f"rank {rank} has failed: {error}")  # with the traceback, if there is one
-        sys.exit(code if code > 0 else 128 - code)
+        code = getattr(error, "exit_code", None)  # None: an exception, whose traceback it brings
+        if code is None or code < 0:  # otherwise the rank itself has said why
+            rank, _ = place(args.nnodes, args.nproc_per_node, args.node_rank, error.error_index)
+            log.error(f"rank {rank} has failed: {error}")
+        sys.exit(1 if code is None else code if code > 0 else 128 - code)
     except KeyboardInterrupt:
         sys.exit("stopped: with -e, the same command goes on from the last checkpoint")
     finally:
@@ -300,7 +300,8 @@ def launch(args):
 
 def settle_the_nodes(args):
     """Fill in from the environment what the flags leave open; exit if they contradict it."""
-    env, given = os.environ, {"master_addr": "MASTER_ADDR", "master_port": "MASTER_PORT"}
+    env = {name: value for name, value in os.environ.items() if value}
+    given = {"master_addr": "MASTER_ADDR", "master_port": "MASTER_PORT"}
     if "TORCHELASTIC_RUN_ID" in env:
         sys.exit("error: start this stage with python: it starts its processes without torchrun")
     for number, count, local in LAUNCHERS:
@@ -359,19 +360,19 @@ def settle_the_nodes(args):
         )
 
 
-def settle_the_master(args):
-    """Settle where rank 0 will serve the store through which the ranks meet; exit if it cannot."""
+def serve_the_store(args):
+    """Settle where the store is, through which the ranks meet; on node 0, serve and return it.
+
+    Exit if the other nodes could not reach it there.
+    """
     if args.nnodes > 1 and args.master_addr is None:
         sys.exit(
             f"error: --nnodes {args.nnodes}: say --master-addr too: the name or address of node 0"
         )
     args.master_addr = args.master_addr or "127.0.0.1"
-    if args.master_port is None and args.nnodes > 1:
-        args.master_port = 29500  # a free one would be another one on each node
-    elif args.master_port is None:
-        with socket.create_server(("", 0)) as free:
-            args.master_port = free.getsockname()[1]
-    if not 0 < args.master_port < 65536:
+    if args.master_port is None:  # of one node any free one; of several all must know it
+        args.master_port = 0 if args.nnodes == 1 else 29500
+    if args.master_port > 65535:
         sys.exit(f"error: --master-port {args.master_port}: must be 1 to 65535")
     try:
         family, *_, (address, *_) = socket.getaddrinfo(args.master_addr, args.master_port)[0]
@@ -391,7 +392,7 @@ def settle_the_master(args):
             socket.create_connection((address, args.master_port), timeout=5).close()
         except OSError as error:  # no fault: node 0 may start later
             log.warning(f"node 0 does not answer yet at {where}: {error}: waiting for it")
-        return
+        return None
     try:
         socket.create_server((address, 0), family=family).close()
     except OSError as error:
@@ -406,6 +407,9 @@ def settle_the_master(args):
             f"error: --master-port: cannot listen at {where}: {error.strerror}: choose another "
             "port, the same on all nodes"
         )
+    store = dist.TCPStore(address, args.master_port, is_master=True, wait_for_workers=False)
+    args.master_port = store.port
+    return store
 
 
 def place(nnodes, nproc_per_node, node_rank, local_rank):
@@ -421,18 +425,18 @@ def end_with_the_parent():
 
 
 def start_process_group(on_gpu, timeout):
-    """Return the rank of this process and their number, as worker() has set them."""
+    """Return the rank of this process and their number, as `worker` has set them."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # At first waiting is no fault: some ranks may still be reading libraries from a slow disk.
     timeout = timedelta(seconds=max(timeout, 300))
-    # Both ways to say who this is: the environment has RANK and WORLD_SIZE, and an argument of
-    # init_process_group goes before it. MASTER_ADDR and MASTER_PORT come from the environment.
+    # MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK come from the environment. Instead of the last
+    # two one can say it here: init_process_group(..., world_size=world_size, rank=rank).
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)  # from here on "cuda" is this GPU
         dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
-        dist.init_process_group("gloo", timeout=timeout, rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", timeout=timeout)
     dist.group.WORLD.get_group_store().set(f"host of rank {rank}", socket.gethostname())
     return rank, world_size
 
@@ -914,7 +918,7 @@ def parse_args():
     add("--nproc-per-node", type=positive, metavar="N",
         help="processes per node; default: one per GPU, or 1 without")
     add("--master-addr", metavar="HOST",
-        help="name or address of node 0, where rank 0 serves the store; default: $MASTER_ADDR")
+        help="name or address of node 0, which serves the store; default: $MASTER_ADDR")
     add("--master-port", type=positive, metavar="PORT",
         help="its port; default: $MASTER_PORT, or 29500, or a free one if there is one node")
     add("--prepare-only", action="store_true",
@@ -942,6 +946,7 @@ def worker(local_rank, args):
     rank, world_size = place(args.nnodes, args.nproc_per_node, args.node_rank, local_rank)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": args.master_addr, "MASTER_PORT": str(args.master_port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # else rank 0 would serve it
     threading.Thread(target=end_with_the_parent, daemon=True).start()
     start_logging(f"rank {rank}")
     if rank != 0:  # to the terminal; its folder gets all it says

@@ -60,7 +60,7 @@ def stage(number, processes, steps, batch, folder):
     threads = max(1, torch.get_num_threads() // processes)
     subprocess.run(
         command(number, *flags, processes=processes),
-        env=environment(OMP_NUM_THREADS=threads),
+        env=environment(OMP_NUM_THREADS=threads, WANDB_MODE=None),
         check=True,
         capture_output=True,
     )

@@ -38,7 +38,7 @@ class Hosts:
         with open(path, "w") as file:
             run = subprocess.Popen(
                 [TWO_HOSTS, "run", host, *map(str, words)],
-                env=environment(TWO_HOSTS=self.state, **env),
+                env=environment(**{"TWO_HOSTS": self.state, "WANDB_MODE": None} | env),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,

@@ -21,7 +21,7 @@ STEPS = 200
 def run(folder, stage, processes, threads):
     flags = ["-e", stage, "--save-dir", folder, "-b", 8 // processes, "--global-batch-size", 8]
     line = command(stage, *flags, "--max-steps", STEPS, processes=processes)
-    env = environment(OMP_NUM_THREADS=threads)
+    env = environment(OMP_NUM_THREADS=threads, WANDB_MODE=None)
     subprocess.run(line, env=env, check=True, stdout=subprocess.DEVNULL)
     return metrics(Path(folder) / stage)
 

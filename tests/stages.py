@@ -10,29 +10,35 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu", "03": "03-multi-node"}
-FOLDERS["04"] = "04-manual-spawn"
+FOLDERS |= {"04": "04-manual-spawn"}
 
 # A short run of which every step is logged, and the 8th and 16th saved.
 STEPS = ["--max-steps", 16, "--log-freq", 1, "--ckpt-freq", 8, "--global-batch-size", 8]
 
 
 def command(stage, *flags, processes=None, torchrun=()):
-    """Return the command line of a stage; processes: how many, through torchrun."""
+    """Return the command line of a stage; processes: how many, through torchrun (not in 04)."""
     script = str(ROOT / FOLDERS[stage] / "train_llm.py")
-    if stage == "01":
-        launcher = [sys.executable]
-    else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", *torchrun]
+    launcher, more = [sys.executable], []
+    if stage == "04":
+        more = ["--nproc-per-node", str(processes or 1)]
+    elif stage != "01":
+        launcher += ["-m", "torch.distributed.run", *torchrun]
         launcher += [] if "--nnodes" in torchrun else ["--standalone"]
         launcher += ["--nproc-per-node", str(processes or 1)]
-    return [*launcher, script, *map(str, flags)]
+    return [*launcher, script, *map(str, flags), *more]
 
 
 def environment(**extra):
-    """One thread per process: with more threads than cores OpenMP's waiting costs minutes."""
+    """Return the environment of a run; None takes a variable out.
+
+    One thread per process: with more threads than cores OpenMP's waiting costs minutes. Without
+    wandb, whose own processes cost seconds: the tests that look at it say WANDB_MODE=None.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_HUB_OFFLINE"))}
     env |= {"OMP_NUM_THREADS": "1", "HOME": os.environ.get("TEST_HOME", env["HOME"])}
-    return env | {key: str(value) for key, value in extra.items()}
+    env |= {"WANDB_MODE": "disabled"} | extra
+    return {key: str(value) for key, value in env.items() if value is not None}
 
 
 def train(stage, *flags, processes=None, torchrun=(), env=None, fails=False, timeout=180):

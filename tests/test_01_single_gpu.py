@@ -300,12 +300,13 @@ def wandb_history(run):
 def test_wandb_and_metrics_agree_also_after_a_resume(flags, tmp_path):
     flags += ["-e", "run", "--ckpt-freq", 4, "--log-freq", 2]
     for max_steps in (6, 12):
-        train("01", *flags, "--max-steps", max_steps)
+        train("01", *flags, "--max-steps", max_steps, env={"WANDB_MODE": None})
         assert wandb_history(tmp_path / "run") == list(metrics(tmp_path / "run").values())
 
 
 def test_wandb_key_without_a_server_trains_offline(flags, tmp_path):
     env = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    env |= {"WANDB_MODE": None}
     done = train("01", *flags, "-e", "run", "--max-steps", 2, env=env, timeout=120)
     assert "wandb's server does not answer" in done.stderr
     assert wandb_history(tmp_path / "run") == list(metrics(tmp_path / "run").values())

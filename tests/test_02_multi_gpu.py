@@ -157,7 +157,7 @@ def test_another_stage_or_number_of_processes_goes_on_along_the_curve(
 
 def test_each_rank_has_its_own_dropout_and_wandb_run(flags, dropout_model, tmp_path):
     flags += ["-m", dropout_model, "-e", "run", "--max-steps", 2, "-b", 4]
-    train("02", *flags, processes=2)
+    train("02", *flags, processes=2, env={"WANDB_MODE": None})
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     first, second = (state["cpu"] for state in checkpoint["rng"])
     assert not torch.equal(first, second)

@@ -35,7 +35,7 @@ class Jobs(PBS):
         """qsub a script from a folder, with one process per host and the last of args winning."""
         args = " ".join(map(str, [*self.flags, *args]))
         values = {"ARGS": args, "VENV": sys.prefix, "NPROC": 1, "PREFLIGHT": 0}
-        values |= {"HF_HOME": os.environ["HF_HOME"]} | variables
+        values |= {"HF_HOME": os.environ["HF_HOME"], "WANDB_MODE": "disabled"} | variables
         given = ",".join(f"{name}={value}" for name, value in values.items())
         path = script if folder == "job_scripts" else f"job_scripts/{script}"
         small = f"select={1 if script == SINGLE else 2}:ncpus=1:mpiprocs=1"
@@ -117,7 +117,9 @@ def test_stopped_before_the_walltime_and_continued_by_a_chained_job(pbs):
 
 
 def test_an_array_on_the_same_hosts_one_job_loses_a_rank_the_other_is_deleted(pbs):
-    lost, deleted = pbs.submit(MULTI, *FOREVER, options=["-J", "1-2", "-N", "sweep"])
+    """With wandb, whose processes must go too."""
+    array = ["-J", "1-2", "-N", "sweep"]
+    lost, deleted = pbs.submit(MULTI, *FOREVER, options=array, WANDB_MODE="offline")
     pbs.has_started("sweep-seed1")
     pbs.has_started("sweep-seed2")
     signal_rank(1, signal.SIGKILL, start="sweep-seed1")
