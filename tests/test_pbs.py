@@ -25,7 +25,7 @@ class Jobs(PBS):
     """PBS, a copy of the repository to submit from, and what a run of seconds needs."""
 
     def __init__(self, hosts, flags):
-        super().__init__(hosts)
+        super().__init__(hosts, kill_delay=40)  # sites have 10 s; here several tests share 2 cores
         self.repository, self.flags = hosts.folder / "repository", flags
         for folder in ("job_scripts", *FOLDERS.values()):
             shutil.copytree(ROOT / folder, self.repository / folder)
@@ -47,10 +47,10 @@ class Jobs(PBS):
         """Wait for the first steps of a run."""
         path = self.outputs / run / "metrics.jsonl"
         before = path.read_text().count("\n") if path.exists() else 0
-        wait_for(lambda: path.exists() and path.read_text().count("\n") > before + 1, what=path)
+        wait_for(lambda: path.exists() and path.read_text().count("\n") > before + 1, 120, path)
         print(f"{run}: first steps {time.monotonic() - self.began:.1f} s after qsub")
 
-    def end(self, job, timeout=60):
+    def end(self, job, timeout=120):
         """Wait for a job's end; return its exit status and output. It must leave no process."""
         began = time.monotonic()
         status, output = self.wait(job, timeout), self.jobs[job].output.read_text()
@@ -123,12 +123,12 @@ def test_an_array_on_the_same_hosts_one_job_loses_a_rank_the_other_is_deleted(pb
     pbs.has_started("sweep-seed1")
     pbs.has_started("sweep-seed2")
     signal_rank(1, signal.SIGKILL, start="sweep-seed1")
-    status, output = pbs.end(lost, timeout=20)
+    status, output = pbs.end(lost, timeout=45)
     assert status == 1
     assert re.search(r"^node2.train.log: .*Signal 9 \(SIGKILL\) received", output, re.MULTILINE)
     assert "[node1 rank 0] a rank has died" in output
     pbs.qdel(deleted)
-    status, output = pbs.end(deleted, timeout=15)
+    status, output = pbs.end(deleted, timeout=45)
     assert status == 1 and "stopped by SIGTERM after step" in output
     assert pbs.saved_step("sweep-seed2") == pbs.last_step("sweep-seed2") > 0
     assert pbs.all_gone()
@@ -215,7 +215,7 @@ def test_one_host_is_asked_to_stop(pbs):
     job = pbs.submit(SINGLE, *FOREVER, "-b", 8, SCRIPT=script, NPROC="", PREFLIGHT=1)
     pbs.has_started("run")
     pbs.qdel(job)
-    status, output = pbs.end(job, timeout=15)
+    status, output = pbs.end(job, timeout=45)
     assert status == 1 and "stopped by SIGTERM after step" in output
     assert pbs.saved_step("run") == pbs.last_step("run")
     assert pbs.all_gone()
@@ -231,7 +231,7 @@ def test_manual_spawn(pbs, alone):
     words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pbs.processes("node2")}
     (rank,) = [pid for pid in words if b"spawn_main" in words[pid]]
     os.kill(rank, signal.SIGKILL)
-    status, output = pbs.end(failing, timeout=30)
+    status, output = pbs.end(failing, timeout=60)
     assert status not in (0, None)
     assert "[node2 launcher] rank 1 has failed: process 0 terminated with signal SIGKILL" in output
     assert pbs.all_gone()

@@ -217,7 +217,7 @@ def test_wrong_settings_are_named(slurm, repository, script):
     }
     for name, job in jobs.items():
         assert job.finish() == ("FAILED", "1:0")
-        assert f"error: {name}: " in job.output() and wrong[name] in job.output()
+        assert f"error: {name}={wrong[name]}: " in job.output()
 
 
 def test_stage_04_on_two_nodes(slurm, repository, args, alone):
