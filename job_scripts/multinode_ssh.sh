@@ -72,30 +72,31 @@ on_this_host() { # NODE_RANK NAME, and the words to run
 # Run words on all hosts, and wait for them. If one fails, the others are ended.
 on_all_hosts() { # NAME, and the words to run
     local i pid pids=() status=0 program
-    [ -e "$lifeline" ] || exit 1 # stopped before
+    [ -z "$stopped" ] || exit 1
     program="set -euo pipefail; $(declare -f fail on_each_host_first on_this_host)
         $(declare -p root nnodes endpoint job logs VENV NPROC "${!GLOO_@}" "${!NCCL_@}")"
     for i in "${!hosts[@]}"; do
         line="$program; on_this_host $i ${*@Q} 3<&0"
-        { "${ssh[@]}" "${hosts[i]}" "bash -c ${line@Q}" < "$lifeline" 2>&1 |
+        { "${ssh[@]}" "${hosts[i]}" "bash -c ${line@Q}" <&8 2>&1 |
             tee "$logs/${hosts[i]}.$1.log" | sed -u "s/^/${hosts[i]}: /" ||
             { echo "error: $1 on ${hosts[i]}: exit status $?" && kill -TERM $$ && exit 1; }; } 9>&- &
         pids+=($!)
     done
     for pid in "${pids[@]}"; do
         while kill -0 "$pid" 2> /dev/null; do wait "$pid" || true; done # signals end a wait early
-        wait "$pid" || status=$?
+        wait "$pid" || status=1
     done
     return $status
 }
 
 # The lifeline of all hosts. This script holds its other end as long as they are to go on.
 folder=$(mktemp -d)
-lifeline=$folder/lifeline
-mkfifo "$lifeline"
-exec 9<> "$lifeline"
-trap 'rm -rf "$folder"' EXIT
-trap 'rm -rf "$folder"; exec 9>&-' INT TERM
+mkfifo "$folder/lifeline"
+exec 9<> "$folder/lifeline"
+exec 8< "$folder/lifeline"
+rm -r "$folder"
+stopped=
+trap 'stopped=yes; exec 9>&-' INT TERM
 
 [ "$PREFLIGHT" = 0 ] ||
     on_all_hosts preflight 03-multi-node/check_cluster.py --save-dir "$SAVE_DIR" \
