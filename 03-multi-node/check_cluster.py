@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -79,7 +80,7 @@ def main():
 
     if rank == 0:
         show(reports, clocks, speeds, problems, notes, args)
-    exchange(store, "end", None)  # rank 0's torchrun holds the store: it must not leave first
+    leave_together(store)
     sys.exit(1 if problems else 0)
 
 
@@ -272,6 +273,16 @@ def check_disk(store, name, folder):
     if mark:
         mark.unlink(missing_ok=True)
     return seen
+
+
+def leave_together(store):
+    """Rank 0 leaves last: it may be the one that serves the store, which the others still read."""
+    exchange(store, "end", None)
+    if int(os.environ["RANK"]) > 0:
+        store.set(f"{os.environ['RANK']} has left", "")
+        return
+    with suppress(RuntimeError):  # one that was ended by force says nothing
+        store.wait([f"{rank} has left" for rank in range(1, int(os.environ["WORLD_SIZE"]))])
 
 
 def start_process_group(store, gpu, timeout):

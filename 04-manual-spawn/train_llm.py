@@ -97,6 +97,7 @@ def main(args):
     if args.prepare_only:
         build_model(args, config)  # with --pretrained this downloads the weights
         log.info("everything is in the cache: run again without --prepare-only")
+        dist.barrier()  # rank 0 may be the one that serves the store: it must not leave first
         dist.destroy_process_group()
         return
     epoch_steps = len(train_data) // args.global_batch_size

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import sysconfig
-from pathlib import Path
+import signal
 
 import pytest
 from datasets import Dataset
-from stages import STEPS, train
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
+from material import make_model, source_code
+from stages import STEPS, environment, train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,19 +17,15 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     os.environ["TEST_HOME"] = str(home)
     os.environ["HF_HOME"] = str(home / "huggingface")
+    os.environ |= environment()  # for the process that some runs are forked from
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` ignores it, so all would
     return home
 
 
 @pytest.fixture(scope="session")
 def texts():
     """260 documents: the sources of some packages of the standard library, in pieces."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    whole = "".join(
-        path.read_text()
-        for name in ("json", "email")
-        for path in sorted((stdlib / name).glob("*.py"))
-    )
-    return [whole[i * 1000 : (i + 1) * 1000] for i in range(260)]
+    return source_code(260)
 
 
 @pytest.fixture(scope="session")
@@ -44,25 +39,6 @@ def corpus(texts, tmp_path_factory):
     (folder / "corpus.jsonl").write_text("\n".join(rows))
     (folder / "tables").mkdir()
     Dataset.from_dict({"text": texts}).to_parquet(folder / "tables" / "train.parquet")
-    return folder
-
-
-def make_model(folder, dropout, width=48):
-    tokenizer = ByT5Tokenizer()
-    tokenizer.save_pretrained(folder)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=64,
-        n_embd=width,
-        n_layer=2,
-        n_head=2,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

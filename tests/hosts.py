@@ -67,7 +67,7 @@ class Hosts:
             run.wait(10)
 
 
-def finish(*runs, timeout=90):
+def finish(*runs, timeout=240):
     """Wait for runs; return their outputs."""
     end = time.monotonic() + timeout
     for run in runs:
@@ -78,7 +78,7 @@ def finish(*runs, timeout=90):
     return [run.output.read_text() for run in runs]
 
 
-def wait_for(condition, timeout=60, what="condition"):
+def wait_for(condition, timeout=180, what="condition"):
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {timeout} s"

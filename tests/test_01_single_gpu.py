@@ -28,23 +28,22 @@ from stages import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def test_no_arguments_learns_writes_python_and_leaves_nothing(tmp_path):
+def test_the_first_command_learns_writes_python_and_leaves_nothing(tmp_path):
     script = tmp_path / "01-single-gpu" / "train_llm.py"
     script.parent.mkdir()
     shutil.copy(ROOT / "01-single-gpu" / "train_llm.py", script)
     done = subprocess.run(
-        [sys.executable, script],
+        [sys.executable, script, "--max-steps", "300"],  # a quarter of the default
         env=environment(),
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"  loss ([\d.]+)", done.stderr)]
     val_losses = [float(loss) for loss in re.findall(r"val_loss ([\d.]+)", done.stderr)]
-    assert len(losses) == 120 and len(val_losses) == 12
-    assert losses[0] > 4 and sum(losses[-5:]) / 5 < 2.2 and val_losses[-1] < 2.5
+    assert len(losses) == 30 and len(val_losses) == 3
+    assert losses[0] > 4 and sum(losses[-5:]) / 5 < 2.6 and val_losses[-1] < 2.6
     sample = done.stdout.split("The model writes:")[1]
     assert len(sample) > 200 and len(set(sample)) > 20
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["train_llm.py"]

@@ -68,7 +68,7 @@ def kill_rank(torchrun, rank, checkpoint, timeout=90):
     return ranks
 
 
-@pytest.mark.parametrize("processes, batch", [(1, 8), (1, 2), (2, 4), (2, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize("processes, batch", [(1, 2), (2, 4), (4, 1)])
 def test_same_loss_curve(flags, alone, tmp_path, processes, batch):
     done = train("02", *flags, *STEPS, "-b", batch, "-e", "run", processes=processes)
     difference = worst_difference(metrics(alone), metrics(tmp_path / "run"))
@@ -110,11 +110,18 @@ def test_the_ranks_share_out_each_step_and_each_epoch(flags, tmp_path):
     )
 
 
-def test_killed_rank_ends_all_within_seconds_and_the_next_start_goes_on(
-    flags, dropout_model, tmp_path
-):
-    flags += ["-m", dropout_model, "-b", 4, "--max-steps", 300, "--ckpt-freq", 20]
-    train("02", *flags, "-e", "whole", processes=2)
+@pytest.fixture(scope="module")
+def whole(dropout_model, corpus, tmp_path_factory):
+    """The flags of a run on two processes, and the run that nothing has hurt."""
+    flags = ["-m", dropout_model, "-d", corpus / "corpus.jsonl", "-b", 4]
+    flags += ["--max-steps", 300, "--ckpt-freq", 20]
+    folder = tmp_path_factory.mktemp("whole")
+    train("02", *flags, "--save-dir", folder, "-e", "whole", processes=2)
+    return flags, folder / "whole"
+
+
+def test_killed_rank_ends_all_within_seconds_and_the_next_start_goes_on(whole, tmp_path):
+    flags, unhurt = [*whole[0], "--save-dir", tmp_path], whole[1]
     torchrun = start(*flags, "-e", "killed")
     ranks = kill_rank(torchrun, 1, tmp_path / "killed" / "checkpoint.pt")
     killed = time.monotonic()
@@ -124,24 +131,23 @@ def test_killed_rank_ends_all_within_seconds_and_the_next_start_goes_on(
     assert not any(alive(pid) for pid in ranks)
     done = train("02", *flags, "-e", "killed", processes=2)
     assert "resuming after step" in done.stderr
-    assert same_weights(tmp_path / "whole", tmp_path / "killed")
-    assert worst_difference(metrics(tmp_path / "whole"), metrics(tmp_path / "killed")) == 0
+    assert same_weights(unhurt, tmp_path / "killed")
+    assert worst_difference(metrics(unhurt), metrics(tmp_path / "killed")) == 0
 
 
-def test_torchrun_restarts_heal_a_killed_rank(flags, dropout_model, tmp_path):
-    flags += ["-m", dropout_model, "-b", 4, "--max-steps", 300, "--ckpt-freq", 20]
-    train("02", *flags, "-e", "whole", processes=2)
+def test_torchrun_restarts_heal_a_killed_rank(whole, tmp_path):
+    flags, unhurt = [*whole[0], "--save-dir", tmp_path], whole[1]
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}  # see the README: gloo needs it to restart
     torchrun = start(*flags, "-e", "healed", torchrun=["--max-restarts", "3"], env=env)
     kill_rank(torchrun, 1, tmp_path / "healed" / "checkpoint.pt")
     output, _ = torchrun.communicate(timeout=120)
     assert torchrun.returncode == 0, output
     assert "resuming after step" in output
-    assert same_weights(tmp_path / "whole", tmp_path / "healed")
+    assert same_weights(unhurt, tmp_path / "healed")
 
 
 @pytest.mark.parametrize(
-    "first, then", [(("01", 1), ("02", 2)), (("02", 2), ("01", 1)), (("02", 2), ("02", 4))]
+    "first, then", [(("01", 1), ("02", 4)), (("02", 2), ("01", 1)), (("02", 2), ("02", 1))]
 )
 def test_another_stage_or_number_of_processes_goes_on_along_the_curve(
     flags, alone, tmp_path, first, then
@@ -208,7 +214,6 @@ def test_more_processes_than_gpus(flags, tmp_path):
     "more, expected, times",
     [
         (["-b", 3, "--global-batch-size", 8], "not a multiple of --batch-size 3 x 2 processes", 2),
-        (["--global-batch-size", 8000], "not enough for one global batch of 8000", 1),
         (["-d", "./nope"], "--dataset-name ./nope: no such file or folder", 1),
     ],
 )

@@ -1,0 +1,36 @@
+"""A small model and some text to train it on, made here."""
+
+import sysconfig
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
+
+
+def source_code(documents):
+    """Return documents of 1000 characters: sources of some packages of the standard library."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    whole = "".join(
+        path.read_text()
+        for name in ("json", "email")
+        for path in sorted((stdlib / name).glob("*.py"))
+    )
+    return [whole[i * 1000 : (i + 1) * 1000] for i in range(documents)]
+
+
+def make_model(folder, dropout, width=48):
+    tokenizer = ByT5Tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=width,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
