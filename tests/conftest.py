@@ -43,6 +43,14 @@ def corpus(texts, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def few_texts(texts, tmp_path_factory):
+    """So few that an epoch takes seconds."""
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts[:30]))
+    return path
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"), dropout=0.0)
 

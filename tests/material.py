@@ -3,7 +3,9 @@
 import sysconfig
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, logging
+
+logging.disable_progress_bar()
 
 
 def source_code(documents):

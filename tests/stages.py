@@ -70,12 +70,18 @@ LIBRARIES = ["torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "dataset
 forkserver.set_forkserver_preload([*LIBRARIES, "transformers.trainer_pt_utils"])
 
 
+def fork(words, outputs=(os.devnull, os.devnull)):
+    """Start a script with its flags as `python SCRIPT FLAGS` would; return the process."""
+    process = forkserver.Process(target=be_python, args=(words, environment(), outputs))
+    process.start()
+    return process
+
+
 def run_forked(words, timeout):
-    """Run a script with its flags as `python SCRIPT FLAGS` would; return the finished process."""
+    """Run a script with its flags; return the finished process."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = forkserver.Process(target=be_python, args=(words, environment(), outputs))
-        process.start()
+        process = fork(words, outputs)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()

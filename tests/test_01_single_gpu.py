@@ -20,6 +20,7 @@ from stages import (
     command,
     environment,
     error_line,
+    fork,
     metrics,
     same_weights,
     train,
@@ -49,16 +50,14 @@ def test_the_first_command_learns_writes_python_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["train_llm.py"]
 
 
-def run_and_kill(arguments, ready, env=None):
+def run_and_kill(flags, ready):
     """Start stage 01 and kill it with SIGKILL as soon as ready() says so; False if it ended."""
-    process = subprocess.Popen(
-        arguments, env=environment(**(env or {})), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    while process.poll() is None and not ready():
+    process = fork(command("01", *flags)[1:])
+    while process.exitcode is None and not ready():
         time.sleep(0.0002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def test_killed_ten_times_ends_with_the_same_weights(flags, dropout_model, tmp_path):
@@ -70,7 +69,7 @@ def test_killed_ten_times_ends_with_the_same_weights(flags, dropout_model, tmp_p
     for _ in range(10):
         begun, more = len(log.read_text()) if log.exists() else 0, chance.randint(1, 6000)
         kills += run_and_kill(
-            command("01", *flags, "-e", "killed"),
+            [*flags, "-e", "killed"],
             lambda begun=begun, more=more: log.exists() and len(log.read_bytes()) > begun + more,
         )
     assert kills == 10, "it must not have finished before the last kill"
@@ -87,7 +86,7 @@ def test_killed_while_saving_ends_with_the_same_weights(flags, wide_model, tmp_p
     inside = 0
     for _ in range(20):
         run_and_kill(
-            command("01", *flags, "-e", "killed"),
+            [*flags, "-e", "killed"],
             # The second checkpoint, so that there is one to lose.
             lambda: checkpoint.exists() and partial.exists() and partial.stat().st_size > 0,
         )
@@ -137,9 +136,9 @@ def test_accumulation_changes_nothing(flags, tmp_path):
         assert worst_difference(one, other) < 1e-4
 
 
-def test_each_epoch_reads_every_row_once_in_a_new_order(flags, tmp_path):
+def test_each_epoch_reads_every_row_once_in_a_new_order(flags, few_texts, tmp_path):
     reads = tmp_path / "reads"
-    line = command("01", *flags, "--num-epochs", 2)
+    line = command("01", *flags, "-d", few_texts, "--num-epochs", 2)
     line.insert(1, str(ROOT / "tests" / "record_rows.py"))
     subprocess.run(line, env=environment(RECORD_ROWS=reads), check=True, capture_output=True)
     rows = json.loads(f"[{','.join(Path(f'{reads}.0').read_text().split())}]")

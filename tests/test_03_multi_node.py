@@ -275,6 +275,8 @@ def test_other_data_on_a_node_and_a_save_folder_that_is_not_shared(hosts, flags,
     assert table.keys() == {"data", "--save-dir"}
     assert re.fullmatch(r"(\d+) rows \w+ on node1; (\d+) rows \w+ on node2", table["data"])
     assert table["--save-dir"] == "on the disk of rank 0 on node1; not shared on node2"
+    for text in ("data: ", "--save-dir: on the disk of rank 0 on node1; not shared on"):
+        assert text in README
 
 
 def assert_seen(text, output):

@@ -31,7 +31,7 @@ def watch():
         return getitems(self, keys)
 
     def noted_save(what, file, *args, **kwargs):
-        note(save=True)
+        note(save=str(getattr(file, "name", file)))  # messages between ranks are "saved" too
         save(what, file, *args, **kwargs)
         if str(file).endswith("checkpoint.pt"):
             die()

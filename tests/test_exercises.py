@@ -1,0 +1,129 @@
+"""The checker of the exercises accepts the stages, and catches and names each planted mistake."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from check_exercise import ALL, check, prepare, reference
+from hosts import why_not
+from stages import FOLDERS, ROOT, environment
+
+REASON = why_not()
+STAGE_03 = pytest.param(
+    "03",
+    marks=pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON)),
+)
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    flags = prepare(folder)
+    return flags, reference(flags, folder)
+
+
+def results_of(stage, script, right, tmp_path):
+    """Return {what: mistake} as the checker says it; outputs go to tmp_path."""
+    flags, curve_and_rows = right
+    return dict(
+        check(stage, script, [*flags, "--save-dir", tmp_path / "outputs"], curve_and_rows, tmp_path)
+    )
+
+
+@pytest.mark.parametrize("stage", ["02", STAGE_03, "04"])
+def test_the_stages_hold(right, tmp_path, stage):
+    results = results_of(stage, ROOT / FOLDERS[stage] / "train_llm.py", right, tmp_path)
+    assert len(results) == ALL and not any(results.values()), results
+
+
+DISTRIBUTED = "sampler = DistributedSampler(train_data, "
+DEVICES = "torch.cuda.set_device(device)"
+MISTAKES = {
+    "every rank has all data": (DISTRIBUTED, DISTRIBUTED + "1, 0, ", "reads the same data"),
+    "no set_epoch": ("        sampler.set_epoch(epoch)", "        0", "sampler.set_epoch(epoch)"),
+    "the model instead of DDP's": ("else ddp_model", "else model", "not averaged over the ranks"),
+    "always no_sync": (
+        "if micro_step % micro_steps else nullcontext():",
+        ":",
+        "stand outside no_sync()",
+    ),
+    "the loss of one rank": (
+        "dist.all_reduce(losses)  # gloo knows the sum, not the average\n"
+        "                losses /= world_size",
+        "",
+        "the loss is that of one rank",
+    ),
+    "the sum of the losses": ("losses /= world_size", "", "without dividing by their number"),
+    "accumulation not scaled": ("loss = loss / micro_steps", "", "accumulation is scaled wrongly"),
+    "scheduler per micro-batch": (
+        "if micro_step % micro_steps != 0:\n",
+        "if micro_step % micro_steps != 0:\n                scheduler.step()\n",
+        "the learning rate is wrong from step",
+    ),
+    "validation of one rank": ("    dist.all_reduce(loss_sum)\n", "", "val_loss is wrong"),
+    "all ranks save": (
+        "                    if rank == 0:\n                        save_checkpoint",
+        "                    if True:\n                        save_checkpoint",
+        "2 ranks do",
+    ),
+    "all ranks log": (
+        "if run_dir and dist.get_rank() == 0:",
+        "if run_dir:",
+        "every rank writes metrics.jsonl",
+    ),
+    "all on the first GPU": (
+        "torch.cuda.set_device(rank)",
+        "torch.cuda.set_device(0)",
+        "local rank 1 takes GPU 0",
+    ),
+    "an epoch anew after a resume": (
+        "indices[position // world_size : epoch_samples",
+        "indices[: epoch_samples",
+        "rows again that it has had",
+    ),
+    "scheduler not restored": (
+        'scheduler.load_state_dict(checkpoint["scheduler"])',
+        "0",
+        "is the scheduler restored?",
+    ),
+    "optimizer not restored": (
+        'optimizer.load_state_dict(checkpoint["optimizer"])',
+        "0",
+        "are weights and optimizer both restored",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_named(right, tmp_path, mistake):
+    old, new, message = MISTAKES[mistake]
+    source = (ROOT / FOLDERS["02"] / "train_llm.py").read_text()
+    assert source.count(old) == 1
+    script = tmp_path / "my_train_llm.py"
+    script.write_text(source.replace(old, new))
+    wrong = [text for text in results_of("02", script, right, tmp_path).values() if text]
+    assert wrong and message in wrong[0], wrong
+
+
+def test_a_device_by_the_rank_is_named(right, tmp_path):
+    """In stage 03, where the local rank is not the rank."""
+    source = (ROOT / FOLDERS["03"] / "train_llm.py").read_text()
+    old = 'torch.device("cuda", 0 if alone else local_rank)'
+    assert source.count(old) == 1
+    script = tmp_path / "my_train_llm.py"
+    script.write_text(source.replace(old, 'torch.device("cuda", rank % torch.cuda.device_count())'))
+    from check_exercise import check_device
+
+    flags = right[0]
+    ((what, wrong),) = check_device("03", script, flags, tmp_path)
+    assert "local rank 1 takes GPU 0" in wrong and "rank % device_count" in wrong
+
+
+def test_a_script_that_does_not_start_is_shown_with_what_it_said(tmp_path):
+    script = tmp_path / "my_train_llm.py"
+    script.write_text("import torch\nraise ValueError('not ready yet')\n")
+    line = [sys.executable, ROOT / "tests" / "check_exercise.py", "02", script]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ValueError: not ready yet" in done.stdout and "WRONG  it trains" in done.stdout
