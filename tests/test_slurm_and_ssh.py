@@ -209,6 +209,17 @@ def test_a_failed_preflight_ends_the_job_before_training(slurm, repository, args
     assert not job.run_dir.exists()
 
 
+@pytest.mark.parametrize("script", [MULTI, MANUAL])
+def test_a_job_with_fewer_nodes_than_it_is_for(slurm, repository, script):
+    """As when the line that asks for them has become a comment."""
+    path = repository / "job_scripts" / script
+    path.write_text(path.read_text().replace("#SBATCH --nodes=2", "# SBATCH --nodes=2"))
+    job = Job(slurm, repository, script, *CPU)
+    assert job.finish() == ("FAILED", "1:0")
+    message = "error: this job is for 2 nodes (NODES) and got 1: ask for them with --nodes=2"
+    assert message in job.output()
+
+
 @pytest.mark.parametrize("script", [MULTI, SINGLE, MANUAL])
 def test_wrong_settings_are_named(slurm, repository, script):
     wrong = {"VENV": "/nowhere", "SCRIPT": "nothing.py"}
