@@ -422,9 +422,15 @@ def place(nnodes, nproc_per_node, node_rank, local_rank):
 
 
 def end_with_the_parent():
-    """The parent can be killed in a way that it cannot pass on: nobody may wait for it then."""
-    mp.parent_process().join()
-    os._exit(1)
+    """End this process when its parent ends, which may be in a way that it cannot pass on."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def start_process_group(on_gpu, timeout):
@@ -955,7 +961,8 @@ def worker(local_rank, args):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": args.master_addr, "MASTER_PORT": str(args.master_port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # else rank 0 would serve it
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    end_with_the_parent()
+    os.register_at_fork(after_in_child=end_with_the_parent)  # the processes that make the rows
     start_logging(f"rank {rank}")
     if rank != 0:  # to the terminal; its folder gets all it says
         logging.root.handlers[0].addFilter(lambda line: line.levelno >= logging.WARNING)

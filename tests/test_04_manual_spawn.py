@@ -203,8 +203,9 @@ def test_no_process_is_left_behind(long, tmp_path, number, whom, code, said):
         assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_a_launcher_killed_during_the_preparation_leaves_nobody(long, tmp_path):
-    """When the ranks are still at work with the data, through processes of their own."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_ends_during_the_preparation_leaves_nobody(long, tmp_path, number):
+    """When rank 0 makes the rows, with three processes of its own, which hear no signal."""
     run = subprocess.Popen(
         command("04", *long, processes=2),
         env=environment(HF_HOME=tmp_path / "cache"),
@@ -213,9 +214,10 @@ def test_a_launcher_killed_during_the_preparation_leaves_nobody(long, tmp_path):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_for(lambda: list((tmp_path / "cache").rglob("*.arrow")), what="documents")
-    run.kill()
-    run.wait()
+    # The launcher, its resource tracker, two ranks, and of rank 0 a manager and at least a worker.
+    wait_for(lambda: len(of_session(run.pid)) >= 6, what="rank 0 makes the rows")
+    run.send_signal(number)
+    assert run.wait(60) != 0
     wait_for(lambda: not of_session(run.pid), timeout=20, what="all have ended")
 
 
