@@ -356,7 +356,7 @@ def tail(output):
     """Return the lines that name an error; without any, the last ones."""
     lines = output.splitlines()
     errors = [line for line in lines if re.search(r"(Error|error|Exception): ", line)]
-    return "\n".join(f"         | {line}" for line in errors[:5] or lines[-10:])
+    return "\n".join(f"         | {line}" for line in errors[:5] or lines[-10:] or ["nothing"])
 
 
 if __name__ == "__main__":
