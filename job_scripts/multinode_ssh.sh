@@ -38,6 +38,7 @@ nnodes=${#hosts[@]} endpoint=${hosts[0]#*@}:$((20000 + RANDOM % 10000))
 cd "$(dirname "$0")/.."
 root=$PWD
 [ -f "$SCRIPT" ] || fail "SCRIPT=$SCRIPT: not in $root"
+[[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC: must be a whole number above 0"
 job=$(date +%Y%m%d-%H%M%S)-$$
 logs=$SAVE_DIR/jobs/$job
 mkdir -p "$logs"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hosts import Hosts, why_not
 from material import make_model, source_code
-from stages import ROOT, command, environment, metrics
+from stages import FOLDERS, ROOT, command, metrics, notes_of, recorded, rows_read
 
 MICRO_STEPS, MICRO_BATCH, GLOBAL_BATCH = 2, 2, 8
 STOP, END = 8, 16  # the first run dies at step 8, the second goes on; an epoch has 6 steps
@@ -38,9 +38,8 @@ def main():
         folder = Path(folder)
         os.environ |= {"TEST_HOME": str(folder), "HF_HOME": str(folder / "huggingface")}
         flags = prepare(folder)
-        results = list(
-            check(args.stage, args.script.resolve(), flags, reference(flags, folder), folder)
-        )
+        right = reference(flags, folder)
+        results = list(check(args.stage, args.script.resolve(), flags, right, folder))
     for what, mistake in results:
         print(f"  WRONG  {what}\n         {mistake}" if mistake else f"  holds  {what}")
     wrong = sum(bool(mistake) for _, mistake in results)
@@ -65,10 +64,9 @@ def prepare(folder):
 def reference(flags, folder):
     """Return the metrics of stage 01's run, and its rows, a list for each step."""
     line = command("01", *flags, "-b", GLOBAL_BATCH, "-e", "reference")
-    subprocess.run(
-        line, env=recorded(folder, "reference", ALONE=1), check=True, capture_output=True
-    )
-    (notes,) = notes_of(folder, "reference", ranks=1)
+    env = recorded(folder / "reference", ALONE=1)
+    subprocess.run(line, env=env, check=True, capture_output=True)
+    (notes,) = notes_of(folder / "reference", 1)
     return metrics(folder / "outputs" / "reference"), rows_of([notes])
 
 
@@ -88,7 +86,7 @@ def check_first_run(stage, script, flags, right, folder):
     flags = [*flags, "-b", MICRO_BATCH, "-e", "run"]
 
     code, output, left = run(stage, script, flags, folder, "first", DIE=1)
-    notes, mine = notes_of(folder, "first"), metrics_of(folder)
+    notes, mine = notes_of(folder / "first", 2), metrics_of(folder)
     trains = f"it trains, with two processes, and logs {STOP} steps"
     if len(mine) < STOP:
         yield trains, f"only {len(mine)} are in metrics.jsonl. It said:\n{tail(output)}"
@@ -102,12 +100,8 @@ def check_first_run(stage, script, flags, right, folder):
         mine = list({row["step"]: row for row in mine}.values())
     run_dir = str(folder / "outputs" / "run")
     saving = sum(any(run_dir in note.get("save", "") for note in rank) for rank in notes)
-    yield (
-        "one rank writes the checkpoint",
-        None
-        if saving == 1
-        else f"{saving} ranks do: they overwrite each other's file. Save if rank == 0.",
-    )
+    wrong = f"{saving} ranks do: they overwrite each other's file. Save if rank == 0."
+    yield "one rank writes the checkpoint", None if saving == 1 else wrong
     wrong = why_not_the_rows(rows[:STOP], notes)
     yield "the ranks share out the rows that stage 01 reads at each step", wrong
     if wrong:
@@ -132,7 +126,7 @@ def check_second_run(stage, script, flags, right, folder):
         return
     yield goes_on, None
     yield "no process is left behind", f"{left} are" if left else None
-    resumed = rows_of(notes_of(folder, "second"))
+    resumed = rows_of(notes_of(folder / "second", 2))
     if same_rows(resumed, rows[STOP:]):
         wrong = None
     elif not resumed or sorted(resumed[0]) in map(sorted, rows[:STOP]):
@@ -156,15 +150,15 @@ def check_device(stage, script, flags, folder):
     env, gpus = {"GPUS": 3 if stage == "03" else 2}, {}
     if stage == "04":
         run(stage, script, flags, folder, "gpus", **env)
-        gpus = dict(enumerate(notes_of(folder, "gpus")))
+        gpus = dict(enumerate(notes_of(folder / "gpus", 2)))
     else:  # one process is enough: the second one, of the second node where there are nodes
         rank, size = (3, 4) if stage == "03" else (1, 2)
         env |= {"RANK": rank, "LOCAL_RANK": 1, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": 2}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "GROUP_RANK": rank // 2}
         line = [sys.executable, script, *map(str, flags)]
-        env = recorded(folder, "gpus", **env)
+        env = recorded(folder / "gpus", **env)
         subprocess.run(line, env=env, capture_output=True, timeout=SECONDS)
-        gpus = {1: notes_of(folder, "gpus", ranks=rank + 1)[rank]}
+        gpus = {1: notes_of(folder / "gpus", rank + 1)[rank]}
     what = "each rank takes the GPU of its local rank"
     for local_rank, notes in gpus.items():
         taken = {note["gpu"] for note in notes if "gpu" in note}
@@ -277,7 +271,7 @@ def same_rows(one, other):
 def rows_of(ranks, per_step=None):
     """Return a list of rows for each step, from what one or all ranks have noted."""
     per_rank = (per_step or GLOBAL_BATCH // len(ranks)) or 1
-    rows = [[row for note in rank for row in note.get("rows", [])] for rank in ranks]
+    rows = [rows_read(rank) for rank in ranks]
     steps = min(map(len, rows)) // per_rank
     return [
         sum((rank[step * per_rank : (step + 1) * per_rank] for rank in rows), [])
@@ -290,27 +284,12 @@ def metrics_of(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def recorded(folder, name, **env):
-    """Return an environment in which the ranks note what they do: see recorder/sitecustomize.py."""
-    (folder / name).mkdir(exist_ok=True)
-    return environment(PYTHONPATH=ROOT / "tests" / "recorder", RECORD=folder / name, **env)
-
-
-def notes_of(folder, name, ranks=2):
-    """Return the notes of each rank, in the order of the ranks."""
-    paths = [folder / name / f"{rank}.jsonl" for rank in range(ranks)]
-    return [
-        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        for path in paths
-    ]
-
-
 def run(stage, script, flags, folder, name, **env):
     """Run the script on two processes, of stage 03 on two hosts.
 
     Return exit status (None: it had to be ended), output and number of processes left behind.
     """
-    env = recorded(folder, name, **env)
+    env = recorded(folder / name, **env)
     path = folder / f"{name}.txt"
     hosts = Hosts(folder / name) if stage == "03" and not why_not() else None
     started = []
@@ -319,10 +298,9 @@ def run(stage, script, flags, folder, name, **env):
             hosts("up")
             started = hosts.both(*flags, script=script, **env)
         else:
+            stages_own = str(ROOT / FOLDERS[stage] / "train_llm.py")
             line = command(stage, *flags, processes=2)
-            line[next(i for i, word in enumerate(line) if word.endswith("train_llm.py"))] = str(
-                script
-            )
+            line[line.index(stages_own)] = str(script)
             options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
             started = [subprocess.Popen(line, env=env, **options)]
         end = time.monotonic() + SECONDS

@@ -99,17 +99,27 @@ def be_python(words, env, outputs):
     runpy.run_path(words[0], run_name="__main__")
 
 
-def dies_after_saving(folder):
-    """Return the environment in which a process kills itself once it has written a checkpoint."""
-    (folder / "sitecustomize.py").write_text(
-        "import os\n"
-        "replace = os.replace\n"
-        "def replace_then_die(a, b):\n"
-        "    replace(a, b)\n"
-        "    if str(b).endswith('checkpoint.pt'): os.kill(os.getpid(), 9)\n"
-        "os.replace = replace_then_die\n"
-    )
-    return {"PYTHONPATH": folder}
+def recorded(folder, **env):
+    """Return an environment in which the ranks note in folder what they do: see recorder/.
+
+    ALONE=1: the process is no rank. DIE=1: rank 0 kills itself once it has written a checkpoint.
+    """
+    folder.mkdir(exist_ok=True)
+    return environment(PYTHONPATH=ROOT / "tests" / "recorder", RECORD=folder, **env)
+
+
+def notes_of(folder, ranks):
+    """Return what each rank has noted, in the order of the ranks."""
+    paths = [folder / f"{rank}.jsonl" for rank in range(ranks)]
+    return [
+        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for path in paths
+    ]
+
+
+def rows_read(notes):
+    """Return the rows that a rank has trained on, in order."""
+    return [row for note in notes for row in note.get("rows", [])]
 
 
 def error_line(done):

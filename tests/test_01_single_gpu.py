@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +21,9 @@ from stages import (
     error_line,
     fork,
     metrics,
+    notes_of,
+    recorded,
+    rows_read,
     same_weights,
     train,
     worst_difference,
@@ -137,11 +139,10 @@ def test_accumulation_changes_nothing(flags, tmp_path):
 
 
 def test_each_epoch_reads_every_row_once_in_a_new_order(flags, few_texts, tmp_path):
-    reads = tmp_path / "reads"
     line = command("01", *flags, "-d", few_texts, "--num-epochs", 2)
-    line.insert(1, str(ROOT / "tests" / "record_rows.py"))
-    subprocess.run(line, env=environment(RECORD_ROWS=reads), check=True, capture_output=True)
-    rows = json.loads(f"[{','.join(Path(f'{reads}.0').read_text().split())}]")
+    env = recorded(tmp_path / "notes", ALONE=1)
+    subprocess.run(line, env=env, check=True, capture_output=True)
+    rows = rows_read(*notes_of(tmp_path / "notes", 1))
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert len(set(first)) == len(first) and len(set(second)) == len(second)
     assert first != second and len(first) % 8 == 0
@@ -165,11 +166,10 @@ def test_resuming_late_costs_what_starting_costs(flags, tmp_path):
     """Read no row twice: the loader starts in the middle of the epoch, it does not skip."""
     flags += ["-e", "run", "--ckpt-freq", 50]
     train("01", *flags, "--max-steps", 50)
-    reads = tmp_path / "reads"
+    env = recorded(tmp_path / "notes", ALONE=1)
     line = command("01", *flags, "--max-steps", 52)
-    line.insert(1, str(ROOT / "tests" / "record_rows.py"))
-    subprocess.run(line, env=environment(RECORD_ROWS=reads), check=True, capture_output=True)
-    assert len(Path(f"{reads}.0").read_text().split()) == 2 * 8
+    subprocess.run(line, env=env, check=True, capture_output=True)
+    assert len(rows_read(*notes_of(tmp_path / "notes", 1))) == 2 * 8
 
 
 @pytest.mark.parametrize(

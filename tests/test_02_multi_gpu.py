@@ -16,10 +16,12 @@ from stages import (
     ROOT,
     STEPS,
     command,
-    dies_after_saving,
     environment,
     error_line,
     metrics,
+    notes_of,
+    recorded,
+    rows_read,
     same_weights,
     train,
     worst_difference,
@@ -85,21 +87,18 @@ def test_one_process_is_stage_01_bit_for_bit_also_with_dropout(flags, dropout_mo
     assert same_weights(tmp_path / "alone", tmp_path / "one")
 
 
-def rows_read(flags, folder, stage, processes):
+def rows_of_ranks(flags, folder, stage, processes):
     """Return the rows that each rank trains on in two epochs."""
     line = command(stage, *flags, "--num-epochs", 2, processes=processes)
-    script = next(i for i, word in enumerate(line) if word.endswith("train_llm.py"))
-    line.insert(script, str(ROOT / "tests" / "record_rows.py"))
-    env = environment(RECORD_ROWS=folder / f"reads-{stage}")
+    env = recorded(folder / stage, **({"ALONE": 1} if stage == "01" else {}))
     subprocess.run(line, env=env, check=True, capture_output=True)
-    files = [folder / f"reads-{stage}.{rank}" for rank in range(processes)]
-    return [[int(row) for row in file.read_text().split()] for file in files]
+    return [rows_read(notes) for notes in notes_of(folder / stage, processes)]
 
 
 def test_the_ranks_share_out_each_step_and_each_epoch(flags, few_texts, tmp_path):
     flags += ["-d", few_texts]
-    (alone,) = rows_read([*flags, "-b", 8], tmp_path, "01", 1)
-    ranks = rows_read([*flags, "-b", 4], tmp_path, "02", 2)
+    (alone,) = rows_of_ranks([*flags, "-b", 8], tmp_path, "01", 1)
+    ranks = rows_of_ranks([*flags, "-b", 4], tmp_path, "02", 2)
     assert len(alone) == sum(map(len, ranks))
     for step in range(len(alone) // 8):
         together = ranks[0][step * 4 : step * 4 + 4] + ranks[1][step * 4 : step * 4 + 4]
@@ -153,7 +152,8 @@ def test_another_stage_or_number_of_processes_goes_on_along_the_curve(
 ):
     """The first run is killed by a full stop at step 8: its checkpoint of step 16 never comes."""
     flags += [*STEPS, "-e", "run", "-b", 2]
-    train(first[0], *flags, processes=first[1], env=dies_after_saving(tmp_path), fails=True)
+    env = recorded(tmp_path / "notes", DIE=1, ALONE=1)
+    train(first[0], *flags, processes=first[1], env=env, fails=True)
     assert list(metrics(tmp_path / "run"))[-1] == 8
     done = train(then[0], *flags, processes=then[1])
     assert "resuming after step 8" in done.stderr

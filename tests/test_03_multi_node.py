@@ -17,10 +17,10 @@ from stages import (
     ROOT,
     STEPS,
     command,
-    dies_after_saving,
     environment,
     error_line,
     metrics,
+    recorded,
     same_weights,
     train,
     worst_difference,
@@ -80,7 +80,7 @@ def test_same_loss_curve_on_two_hosts(hosts, flags, alone, tmp_path, processes, 
 
 def test_stage_03_continues_what_02_began_and_01_what_03_began(hosts, flags, alone, tmp_path):
     flags += [*STEPS, "-e", "run", "-b", 2]
-    train("02", *flags, processes=2, env=dies_after_saving(tmp_path), fails=True)
+    train("02", *flags, processes=2, env=recorded(tmp_path / "notes", DIE=1), fails=True)
     assert saved_step(tmp_path / "run") == 8
     finish(*hosts.both(*flags, processes=1))
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4

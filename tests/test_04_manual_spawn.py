@@ -18,10 +18,10 @@ from stages import (
     ROOT,
     STEPS,
     command,
-    dies_after_saving,
     environment,
     error_line,
     metrics,
+    recorded,
     train,
     worst_difference,
 )
@@ -142,7 +142,7 @@ def test_same_loss_curve_on_two_hosts_also_if_node_0_comes_last(hosts, flags, al
 
 def test_checkpoints_move_between_the_stages(flags, alone, tmp_path):
     flags += [*STEPS, "-e", "run", "-b", 4]
-    train("03", *flags, processes=2, env=dies_after_saving(tmp_path), fails=True)
+    train("03", *flags, processes=2, env=recorded(tmp_path / "notes", DIE=1), fails=True)
     done = train("04", *flags, processes=2)
     assert "resuming after step 8" in done.stderr
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4

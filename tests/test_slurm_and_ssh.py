@@ -222,7 +222,7 @@ def test_a_job_with_fewer_nodes_than_it_is_for(slurm, repository, script):
 
 @pytest.mark.parametrize("script", [MULTI, SINGLE, MANUAL])
 def test_wrong_settings_are_named(slurm, repository, script):
-    wrong = {"VENV": "/nowhere", "SCRIPT": "nothing.py"}
+    wrong = {"VENV": "/nowhere", "SCRIPT": "nothing.py", "NPROC": "zero"}
     jobs = {
         name: Job(slurm, repository, script, *CPU, **{name: value}) for name, value in wrong.items()
     }
@@ -306,6 +306,7 @@ def test_ssh_says_what_is_wrong(slurm, repository):
     wrong = {
         "HOSTS": ("nowhere.txt", "error: HOSTS=nowhere.txt: no such file"),
         "SCRIPT": ("nothing.py", "error: SCRIPT=nothing.py: not in "),
+        "NPROC": ("zero", "error: NPROC=zero: must be a whole number above 0"),
         "VENV": ("/nowhere", "node2: error: VENV=/nowhere: no bin/torchrun in it"),
         "GLOO_SOCKET_IFNAME": ("eth7", "node2 has no interface eth7 (GLOO_SOCKET_IFNAME)"),
     }
