@@ -121,6 +121,9 @@ def main():
 
     # Train.
     progress = tqdm(total=total_steps, initial=step, unit="step", disable=None)
+    profiler = None
+    if args.profile:
+        profiler = start_profiler(run_dir / "trace.json", total_steps - step)
     losses, start_time = [], time.perf_counter()
     while step < total_steps:
         epoch, position = divmod(samples_seen, epoch_samples)
@@ -190,6 +193,8 @@ def main():
                     }
                     save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
                 losses, start_time = [], time.perf_counter()
+            if profiler:
+                profiler.step()
             if step == total_steps:
                 break
     progress.close()
@@ -488,6 +493,21 @@ def start_wandb(args, run_dir, history):
     return run
 
 
+def start_profiler(path, steps):
+    """Return a profiler that writes a trace of the 6th to the 10th of the coming steps to path."""
+    if steps < 10:
+        sys.exit(f"error: --profile: needs 10 steps, and this run has {steps} to go")
+
+    def write(profiler):
+        profiler.export_chrome_trace(str(path))
+        log.info(f"{path} shows where the time went: open it in https://ui.perfetto.dev")
+
+    schedule = torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1)
+    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+    profiler.start()
+    return profiler
+
+
 def print_sample(model, tokenizer, seq_length):
     """Print what the model writes: three beginnings of a document (all end with EOS, so it knows
     what comes after one)."""
@@ -584,6 +604,8 @@ def parse_args():
         help="torch.compile; default: on GPUs only")
     add("--prepare-only", action="store_true",
         help="download, tokenize and cache, then exit; the job itself then needs no internet")
+    add("--profile", action="store_true",
+        help="write a torch.profiler trace of five steps to SAVE_DIR/NAME")
     # fmt: on
     args = parser.parse_args()
     if args.pretrained and not args.model_name:
@@ -591,6 +613,8 @@ def parse_args():
     name = args.experiment_name
     if name is not None and (not name or Path(name).name != name):
         parser.error(f"--experiment-name '{name}': must be a name, not a path")
+    if args.profile and name is None:
+        parser.error("--profile needs --experiment-name")
     if args.seq_length == 1:
         parser.error("--seq-length 1: must be at least 2, a token to read and one to predict")
     return args

@@ -1,23 +1,32 @@
-"""Time the stages against the ceiling: python tests/benchmark.py [--rounds 5] [--steps 60]
+"""Measure what the READMEs say about speed: python tests/benchmark.py [SECTION ...] [--rounds 5]
 
-The ceiling is a bare loop: the same model and optimizer on rows already in memory, no data set,
-no log, no schedule, no checkpoint. The variants take turns, so that a machine whose speed drifts
-slows all of them; what counts is the ratio within a round, and its median.
+Each section prints its table and replaces its part of results.json, which pictures.py draws from.
+What is compared takes turns, so that a machine whose speed drifts slows all of it; what counts is
+the ratio within a round, and the median over the rounds. Let nothing else run meanwhile.
 """
 
 import argparse
+import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from functools import partial
+import time
 from pathlib import Path
 
 import torch
 import transformers
-from stages import command, environment, metrics
+from hosts import Hosts, finish, why_not
+from material import make_model, source_code
+from stages import FOLDERS, ROOT, command, environment, metrics, weights, worst_difference
+
+RESULTS = ROOT / "tests" / "results.json"
+CORES = len(os.sched_getaffinity(0))
+ON_GPU = torch.cuda.is_available()
+GLOBAL_BATCH, SEQ_LENGTH = 8, 128  # the built-in defaults
 
 BARE_LOOP = """
 import sys, time, torch
@@ -27,6 +36,7 @@ config = GPT2Config(n_layer=4, n_head=4, n_embd=192, n_positions=128, vocab_size
     resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+model.loss_type = "ForCausalLM"
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, fused=True)
 forward = torch.compile(model) if device.type == "cuda" else model
 rows = torch.randint(0, 256, (64, batch, 128), device=device)
@@ -46,60 +56,458 @@ train(steps)
 print(steps * batch * 128 / (time.perf_counter() - start))
 """
 
+# Runs a stage and prints how long it trained, evaluated and saved.
+STOPWATCH = """
+import atexit, logging, sys, time
+import train_llm
+spent = {}
+def timed(name):
+    work = getattr(train_llm, name)
+    def timed_work(*args):
+        start = time.perf_counter()
+        try:
+            return work(*args)
+        finally:
+            spent[name] = spent.get(name, 0) + time.perf_counter() - start
+    setattr(train_llm, name, timed_work)
+for name in ("evaluate", "save_checkpoint"):
+    timed(name)
+begin, end = train_llm.start_wandb, train_llm.save_model
+def start_wandb(*args):
+    run = begin(*args)
+    spent["from"] = time.perf_counter()
+    return run
+def save_model(*args):
+    spent["to"] = time.perf_counter()
+    end(*args)
+train_llm.start_wandb, train_llm.save_model = start_wandb, save_model
+train_llm.main()
+print(spent["evaluate"], spent["save_checkpoint"], spent["to"] - spent["from"])
+"""
 
-def bare_loop(steps, batch, folder):
-    """Return tokens/s of the bare loop, after 20 steps of warm-up."""
-    line = [sys.executable, "-c", BARE_LOOP, str(steps), str(batch)]
-    return float(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+# Peak memory of a few steps against what can be calculated.
+MEMORY = """
+import resource, sys, torch
+from transformers import AutoModelForCausalLM, GPT2Config
+on_gpu = torch.cuda.is_available()
+config = GPT2Config(n_layer=4, n_head=4, n_embd=512, n_positions=128, vocab_size=384,
+    resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1)
+model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+model.loss_type = "ForCausalLM"
+ids = torch.randint(0, 256, (int(sys.argv[1]), 128))
+if on_gpu:
+    model, ids = model.cuda(), ids.cuda()
+parameters = sum(p.numel() for p in model.parameters()) * 4
+kept = {}
+def keep(tensor):
+    kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return tensor
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+activations = sum(size for pointer, size in kept.items() if pointer not in own)
+del loss
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+def peak():
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = torch.cuda.memory_allocated() - parameters if on_gpu else None
+if before is None:
+    import gc; gc.collect()
+    pages = int(open("/proc/self/statm").read().split()[1])
+    before = pages * resource.getpagesize() - parameters
+for _ in range(3):
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(parameters, activations, peak() - before)
+"""
 
 
-def stage(number, processes, steps, batch, folder):
-    """Return tokens/s as the stage logs them, likewise after 20 steps; it logs every 10."""
-    flags = ["-e", number, "--save-dir", folder, "--max-steps", 20 + steps]
-    flags += ["-b", batch // processes, "--global-batch-size", batch]
-    threads = max(1, torch.get_num_threads() // processes)
-    subprocess.run(
-        command(number, *flags, processes=processes),
-        env=environment(OMP_NUM_THREADS=threads, WANDB_MODE=None),
+def python(code, *arguments, folder=None, **env):
+    """Run code in a new process; return the numbers that it prints in its last line."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment(OMP_NUM_THREADS=CORES, WANDB_MODE=None, **env),
+        cwd=folder,
         check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
-    rows = metrics(Path(folder) / number)
-    # Equal numbers of tokens, hence the harmonic mean.
+    return [float(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+def train(stage, *flags, processes=1, batch=GLOBAL_BATCH, hosts=None):
+    """Run a stage with all cores shared out among its processes; return its metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        more = ["-e", "run", "--save-dir", folder, "-b", batch // processes]
+        more += ["--global-batch-size", batch, *flags]
+        env = {"OMP_NUM_THREADS": max(1, CORES // processes), "WANDB_MODE": None}
+        if hosts:
+            for output in finish(*hosts.both(*more, **env), timeout=1200):
+                assert "Error" not in output, output
+        else:
+            line = command(stage, *more, processes=processes)
+            subprocess.run(line, env=environment(**env), check=True, capture_output=True)
+        return metrics(folder / "run")
+
+
+def speed(stage, steps, *flags, **options):
+    """Return tokens/s as a stage logs them, after 20 steps of warm-up."""
+    rows = train(stage, "--max-steps", 20 + steps, *flags, **options)
+    # Equal numbers of tokens between two logged steps, hence the harmonic mean.
     return statistics.harmonic_mean([r["tokens_per_s"] for s, r in rows.items() if s > 20])
 
 
-VARIANTS = {
-    "bare loop": bare_loop,
-    "stage 01": partial(stage, "01", 1),
-    "stage 02, 2 processes": partial(stage, "02", 2),
-}
+def in_turn(variants, rounds):
+    """Call each variant once a round; return {name: [what it returned]}."""
+    values = {name: [] for name in variants}
+    for number in range(rounds):
+        for name, variant in variants.items():
+            values[name].append(variant())
+        line = ", ".join(f"{name} {got[-1]:,.4g}" for name, got in values.items())
+        print(f"round {number + 1}: {line}", flush=True)
+    return values
+
+
+def ratios(values, to, unit):
+    """Print and return for each name its median, and its ratio to another in the same round."""
+    table = {}
+    for name, got in values.items():
+        by_round = [a / b for a, b in zip(got, values[to], strict=True)]
+        ratio = [statistics.median(by_round), min(by_round), max(by_round)]
+        table[name] = {"median": statistics.median(got), "ratio": ratio}
+        print(
+            f"{name:<34} {table[name]['median']:>10,.4g} {unit}   of {to}: "
+            f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f})"
+        )
+    return {"unit": unit, "to": to, "table": table}
+
+
+def curves(rounds):
+    """The loss curves of the four stages, 200 steps with one seed and global batch."""
+    runs, flags = {}, ["--max-steps", 200]
+    runs["stage 01, 1 process"] = train("01", *flags)
+    runs["stage 02, 2 processes"] = train("02", *flags, processes=2)
+    if not why_not():
+        with tempfile.TemporaryDirectory() as folder:
+            hosts = Hosts(Path(folder))
+            hosts("up")
+            try:
+                runs["stage 03, 2 hosts"] = train("03", *flags, processes=2, hosts=hosts)
+            finally:
+                hosts.down()
+    runs["stage 04, 2 processes"] = train("04", *flags, processes=2)
+    first = runs["stage 01, 1 process"]
+    for name, rows in runs.items():
+        worst = {k: worst_difference(first, rows, [k]) for k in ("loss", "val_loss", "grad_norm")}
+        print(f"{name:<22}", "  ".join(f"{key} differs by {d:.1e}" for key, d in worst.items()))
+    print("step  " + "  ".join(runs))
+    for step in (10, 50, 100, 200):
+        print(f"{step:>4}  " + "  ".join(f"{r[step]['loss']:<21.6f}" for r in runs.values()))
+    keys = ("loss", "tokens_per_s")
+    return {
+        "steps": list(first),
+        "runs": {n: {k: [r[k] for r in rows.values()] for k in keys} for n, rows in runs.items()},
+    }
+
+
+def ceiling(rounds, steps=60):
+    """Each stage in one process against a bare loop on rows that are in memory already."""
+    variants = {"bare loop": lambda: python(BARE_LOOP, steps, GLOBAL_BATCH)[0]}
+    variants |= {f"stage {s}": lambda s=s: speed(s, steps) for s in FOLDERS}
+    return ratios(in_turn(variants, rounds), "bare loop", "tokens/s")
+
+
+def scaling(rounds, steps=60):
+    """Two processes with half the threads each, against one process with all."""
+    tables = {}
+    for batch, most in ((8, steps), (32, steps // 2)):
+        variants = {"stage 01": lambda b=batch, n=most: speed("01", n, batch=b)}
+        for s in ("02", "03", "04"):
+            variants[f"stage {s}, 2 processes"] = lambda s=s, b=batch, n=most: speed(
+                s, n, processes=2, batch=b
+            )
+        print(f"global batch {batch}")
+        tables[f"global batch {batch}"] = ratios(in_turn(variants, rounds), "stage 01", "tokens/s")
+    return tables
+
+
+def options(rounds, steps=40):
+    """What the defaults on a CPU rest on: threads against processes, compiled or not, bf16."""
+    variants = {"1 process": lambda: speed("01", steps)}
+    variants["1 process, compiled"] = lambda: speed("01", steps, "--compile")
+    variants["2 processes"] = lambda: speed("02", steps, processes=2)
+    bf16 = command("01", "--dtype", "bf16", "--max-steps", 1)
+    if subprocess.run(bf16, env=environment(), capture_output=True).returncode == 0:
+        variants["1 process, bf16"] = lambda: speed("01", steps, "--dtype", "bf16")
+    else:
+        print("bf16 fails here")
+    return ratios(in_turn(variants, rounds), "1 process", "tokens/s")
+
+
+def data(rounds):
+    """Tokenizing and packing, the size of the cache, and how fast the loader reads it."""
+    sys.path.insert(0, str(ROOT / FOLDERS["01"]))
+    import train_llm
+    from torch.utils.data import DataLoader
+
+    sys.argv = ["train_llm.py"]
+    args = train_llm.parse_args()
+    args.global_batch_size = GLOBAL_BATCH
+    tokenizer, _ = train_llm.load_tokenizer_and_config(args)
+    start = time.perf_counter()
+    rows, _, _ = train_llm.load_data(args, tokenizer)
+    seconds = time.perf_counter() - start
+    tokens = len(rows) * args.seq_length
+    cache = sum(os.path.getsize(file["filename"]) for file in rows.cache_files)
+    order = list(torch.utils.data.RandomSampler(rows))[:8000]
+    speeds = []
+    for _ in range(rounds):
+        loader = DataLoader(rows, GLOBAL_BATCH, sampler=order, generator=torch.Generator())
+        start = time.perf_counter()
+        for _ in loader:
+            pass
+        speeds.append(len(order) * args.seq_length / (time.perf_counter() - start))
+    used = speed("01", 40)
+    found = {
+        "tokenize and pack, tokens/s": tokens / seconds,
+        "cache, bytes/token": cache / tokens,
+        "loader, tokens/s": statistics.median(speeds),
+        "loader / training": statistics.median(speeds) / used,
+    }
+    for name, value in found.items():
+        print(f"{name:<30} {value:,.4g}")
+    return {"table": found}
+
+
+def first_step(*flags, **env):
+    """Return the seconds from the command to the first logged step."""
+    line = command("01", "--log-freq", 1, *flags)
+    env = environment(OMP_NUM_THREADS=CORES, WANDB_MODE=None, **env)
+    start = time.perf_counter()
+    run = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        for text in run.stderr:
+            if b" loss " in text:
+                return time.perf_counter() - start
+    finally:
+        run.kill()
+        run.communicate()
+    raise AssertionError(f"no step: {line}")
+
+
+def start(rounds):
+    """Seconds from the command to the first step: cold and warm cache, and after 100,000 steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        flags = ["--save-dir", folder]
+        line = command("01", *flags, "-e", "old", "--max-steps", 1)
+        subprocess.run(line, env=environment(), check=True, capture_output=True)
+        flags += ["--max-steps", 110_000]
+        path = folder / "old" / "checkpoint.pt"
+        checkpoint = torch.load(path)
+        (row,) = metrics(folder / "old").values()
+        checkpoint["step"] = checkpoint["scheduler"]["last_epoch"] = 100_000
+        checkpoint["samples_seen"] = 100_000 * GLOBAL_BATCH
+        torch.save(checkpoint, path)
+        rows = [json.dumps(row | {"step": step}) for step in range(10, 100_001, 10)]
+        (folder / "old" / "metrics.jsonl").write_text("".join(line + "\n" for line in rows))
+
+        numbers = iter(range(1000))
+        variants = {
+            "warm": lambda: first_step(*flags, "-e", f"new{next(numbers)}"),
+            "cold": lambda: first_step(
+                *flags, "-e", f"new{next(numbers)}", HF_HOME=folder / f"cold{next(numbers)}"
+            ),
+            "after 100,000 steps": lambda: first_step(*flags, "-e", "old"),
+        }
+        return ratios(in_turn(variants, rounds), "warm", "s")
+
+
+def saving(rounds):
+    """The part of the training time that evaluations and checkpoints take, every 100 steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--save-dir", folder, "--max-steps", 300, "-e"]
+        runs = [
+            python(STOPWATCH, *flags, number, folder=ROOT / FOLDERS["01"])
+            for number in range(rounds)
+        ]
+        checkpoint = torch.load(Path(folder) / "0" / "checkpoint.pt")
+    sizes = {key: bytes_of(value, set()) for key, value in checkpoint.items()}
+    found = {
+        "evaluation": statistics.median(a / total for a, b, total in runs),
+        "checkpoint": statistics.median(b / total for a, b, total in runs),
+        "seconds per checkpoint": statistics.median(b / 3 for a, b, total in runs),
+    }
+    for name, value in found.items():
+        print(f"{name:<24} {value:.4f}")
+    return {"table": found, "bytes": sizes}
+
+
+def bytes_of(value, seen):
+    """Return how large a part of a checkpoint is; tied weights count once."""
+    if isinstance(value, dict):
+        return sum(bytes_of(part, seen) for part in value.values())
+    if isinstance(value, list):
+        return sum(bytes_of(part, seen) for part in value)
+    if not isinstance(value, torch.Tensor):
+        return len(str(value))
+    new = value.data_ptr() not in seen
+    seen.add(value.data_ptr())
+    return value.nbytes if new else 0
+
+
+def memory(rounds):
+    """Peak memory of a step against what can be calculated."""
+    table = {}
+    for batch in (8, 32):
+        parameters, activations, peak = python(MEMORY, batch)
+        expected = 4 * parameters + activations
+        print(
+            f"batch {batch}: weights, gradients and AdamW's two averages 4 x "
+            f"{parameters / 1e6:.1f} MB + activations {activations / 1e6:.1f} MB = "
+            f"{expected / 1e6:.1f} MB; measured {peak / 1e6:.1f} MB ({peak / expected:.2f})"
+        )
+        table[f"batch {batch}"] = {
+            "weights": parameters,
+            "activations": activations,
+            "measured": peak,
+        }
+    return {"table": table}
+
+
+def links(rounds):
+    """Stage 03 on two hosts over slower and slower links, against bytes / bandwidth.
+
+    A ring all-reduce over n ranks sends 2 (n - 1) / n times the gradients' bytes from each: with
+    two ranks, once.
+    """
+    limits = {"no limit": 0, "1gbit": 1e9, "100mbit": 100e6, "10mbit": 10e6}
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        hosts = Hosts(folder)
+        hosts("up")
+        try:
+            for batch in (8, 64):
+                for name, bits in limits.items():
+                    if bits:
+                        hosts("limit", name)
+                    flags = ["-e", f"{name}-{batch}", "--save-dir", folder, "-b", 4, "--log-freq"]
+                    flags += [1, "--global-batch-size", batch, "--max-steps", 12]
+                    finish(*hosts.both(*flags, OMP_NUM_THREADS=1), timeout=900)
+                    rows = metrics(folder / f"{name}-{batch}").items()
+                    seconds = statistics.median(
+                        batch * SEQ_LENGTH / row["tokens_per_s"] for step, row in rows if step > 3
+                    )
+                    if not bits:
+                        free = seconds
+                        tensors = weights(folder / f"{name}-{batch}")
+                        tied = {tensor.data_ptr(): tensor for tensor in tensors.values()}
+                        sent = sum(t.numel() * 4 for t in tied.values())
+                    expected = free + (sent * 8 / bits if bits else 0)
+                    print(
+                        f"{name:<9} global batch {batch:>2}: {seconds:.3f} s a step, expected "
+                        f"{expected:.3f} ({seconds / expected - 1:+.0%}), {free / seconds:.0%} of "
+                        "the speed without a limit",
+                        flush=True,
+                    )
+                    row = {"link": name, "bits": bits, "batch": batch, "seconds": seconds}
+                    table.append(row | {"expected": expected})
+                hosts("limit", "off")
+        finally:
+            hosts.down()
+    return {"bytes": sent, "table": table}
+
+
+def timeline(rounds):
+    """One step of two ranks, from the traces of --profile: who computes, who sends, who waits."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model = make_model(folder / "model", dropout=0.0, width=1024)
+        text = folder / "corpus.jsonl"
+        text.write_text("\n".join(json.dumps({"text": t}) for t in source_code(100)))
+        flags = ["-m", model, "-d", text, "-e", "run", "--save-dir", folder, "-b", 16]
+        flags += ["--max-steps", 12, "--log-freq", 100, "--ckpt-freq", 100, "--profile"]
+        line = command("02", *flags, processes=2)
+        subprocess.run(line, env=environment(), check=True, capture_output=True)
+        ranks = [spans(folder / "run" / f"trace-rank{rank}.json") for rank in range(2)]
+    begin = min(span["from"] for rank in ranks for span in rank)
+    for number, rank in enumerate(ranks):
+        for span in rank:
+            span["from"], span["to"] = span["from"] - begin, span["to"] - begin
+            where = f"{span['from'] / 1e3:>8.1f} to {span['to'] / 1e3:>8.1f} ms"
+            print(f"rank {number}  {span['name']:<11} {where}")
+    return {"ranks": ranks}
+
+
+def spans(path):
+    """Return what happens in the fourth of the profiled steps: [{name, from, to}], in us."""
+    trace = json.loads(path.read_text())
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    step = sorted((e["ts"], e["dur"]) for e in events if e["name"].startswith("ProfilerStep"))[3]
+    names = {
+        r"enumerate\(DataLoader\)": "data",
+        r"DistributedDataParallel.forward": "forward",
+        r"(autograd::engine::evaluate_function|gloo:all_reduce|nccl:all_reduce)": None,
+        r"Optimizer.step": "optimizer",
+    }
+    found, backward = [], []
+    for event in sorted(events, key=lambda event: event["ts"]):
+        if not step[0] <= event["ts"] < sum(step):
+            continue
+        for pattern, name in names.items():
+            if re.match(pattern, event["name"]):
+                span = {"from": event["ts"], "to": event["ts"] + event["dur"]}
+                if "all_reduce" in event["name"]:
+                    found.append({"name": "all-reduce", **span})
+                elif name:
+                    found.append({"name": name, **span})
+                else:
+                    backward.append(span)
+    ends = {"from": backward[0]["from"], "to": max(span["to"] for span in backward)}
+    return [*found, {"name": "backward", **ends}]
+
+
+SECTIONS = [curves, ceiling, scaling, options, data, start, saving, memory, links, timeline]
+
+
+def where():
+    """Return hardware, versions and commit."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    line = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(line, capture_output=True, text=True).stdout.strip()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    device = {"cores": CORES, "cpu": cpu}
+    if ON_GPU:
+        device |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+    return device | versions | {"python": platform.python_version(), "commit": commit}
 
 
 def main():
+    known = {section.__name__: section for section in SECTIONS}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(known))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--global-batch", type=int, default=8)
     args = parser.parse_args()
-    print(
-        f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} "
-        f"threads in all, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
-    )
-    speeds = {name: [] for name in VARIANTS}
-    for number in range(args.rounds):
-        for name, variant in VARIANTS.items():
-            with tempfile.TemporaryDirectory() as folder:
-                speeds[name].append(variant(args.steps, args.global_batch, folder))
-        line = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
-        print(f"round {number + 1}: {line} tokens/s", flush=True)
-    for name, other in (("stage 01", "bare loop"), ("stage 02, 2 processes", "stage 01")):
-        ratios = [a / b for a, b in zip(speeds[name], speeds[other], strict=True)]
-        print(
-            f"{name} / {other}: median {statistics.median(ratios):.3f}, "
-            f"from {min(ratios):.3f} to {max(ratios):.3f}"
-        )
+    for name in args.sections:
+        if name not in known:
+            parser.error(f"{name}: no such section; there are {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["HF_HOME"] = cache  # before datasets is imported
+        for name in args.sections or known:
+            print(f"\n{name}: {known[name].__doc__.splitlines()[0]}", flush=True)
+            line = f"python tests/benchmark.py {name} --rounds {args.rounds}"
+            found = {"command": line, "where": where()} | known[name](args.rounds)
+            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            results[name] = found
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 import torch
 from stages import (
     ROOT,
+    STEPS,
     command,
     environment,
     error_line,
@@ -395,6 +396,8 @@ def bad_data(tmp_path, name, contents):
         (["--warmup-steps", -1], "--warmup-steps"),
         (["--global-batch-size", 12], "--global-batch-size 12 is not a multiple of --batch-size 8"),
         (["--seq-length", 65], "--seq-length 65: this model has 64 positions"),
+        (["--profile"], "--profile needs --experiment-name"),
+        (["--profile", "-e", "short", "--max-steps", 9], "--profile: needs 10 steps, and this run"),
         (["--global-batch-size", 8000], "not enough for one global batch of 8000"),
         (["-d", "./nope"], "--dataset-name ./nope: no such file or folder"),
         (["-d", "data/my/corpus.jsonl"], "--dataset-name data/my/corpus.jsonl: no such file"),
@@ -485,3 +488,13 @@ def test_bf16_and_compile_follow_the_same_curve(flags, tmp_path):
     one = metrics(tmp_path / "fp32")
     assert worst_difference(one, metrics(tmp_path / "bf16"), keys=("loss",)) < 1e-3
     assert worst_difference(one, metrics(tmp_path / "compiled")) < 1e-4
+
+
+def test_profile_shows_five_steps_and_changes_nothing(flags, alone, tmp_path):
+    train("01", *flags, "-e", "run", *STEPS, "--profile")
+    assert worst_difference(metrics(alone), metrics(tmp_path / "run")) == 0
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    names = [event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 5
+    for bar in ("enumerate(DataLoader)", "aten::addmm", "Optimizer.step#AdamW.step"):
+        assert any(name.startswith(bar) for name in names), bar

@@ -254,3 +254,15 @@ def test_prepare_only_ends_cleanly(flags, tmp_path):
     done = train("02", *flags, "--prepare-only", processes=2)
     assert done.stderr.count("everything is in the cache") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_profile_shows_one_all_reduce_of_the_gradients_a_step(flags, tmp_path):
+    """Of four micro-batches: no_sync keeps the others from talking."""
+    more = ["-b", 1, "--global-batch-size", 8, "--max-steps", 12, "--log-freq", 100, "--profile"]
+    train("02", *flags, *more, "-e", "run", processes=2)
+    for rank in range(2):
+        trace = json.loads((tmp_path / "run" / f"trace-rank{rank}.json").read_text())
+        names = [event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"]
+        assert sum(name.startswith("ProfilerStep#") for name in names) == 5
+        assert names.count("DistributedDataParallel.forward") == 20
+        assert names.count("gloo:all_reduce") == 5, names.count("gloo:all_reduce")

@@ -69,7 +69,8 @@ def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
         return  # the same but for its name: the first command of the README has run
     home = tmp_path / "home"
     shutil.copytree(corpus / "text", home / "my-texts")
-    more = ["--max-steps", "2", "--save-dir", tmp_path / "outputs"]
+    steps = "10" if "--profile" in arguments else "2"
+    more = ["--max-steps", steps, "--save-dir", tmp_path / "outputs"]
     arguments = [word.replace("~", str(home)) for word in arguments]
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", RUN]}
     subprocess.run(
@@ -79,6 +80,30 @@ def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
         check=True,
         timeout=200,
     )
+
+
+def test_commands_inside_the_text_parse():
+    found = 0
+    for readme in READMES:
+        text = re.sub(r"```.*?```", "", readme.read_text(), flags=re.DOTALL)
+        for line in re.findall(r"`([^`]*train_llm\.py [^`]*)`", text):
+            line = " ".join(line.split())
+            if "..." not in line and re.match(r"(python|torchrun|[A-Z_]+=)", line):
+                _, _, script, arguments = words_of(line)
+                path = readme.parent / script
+                if path.name == "train_llm.py" and path.is_file():
+                    parse(path, arguments)
+                    found += 1
+    assert found > 4, found
+
+
+def test_pictures_are_shown_and_say_what_is_on_them():
+    for readme in READMES:
+        for words, target in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", readme.read_text()):
+            assert len(words) > 60, f"{readme}: {target} needs a text for who cannot see it"
+    shown = "".join(readme.read_text() for readme in READMES)
+    for picture in [*ROOT.glob("*.svg"), *ROOT.glob("*/*.svg")]:
+        assert f"{picture.name})" in shown, f"{picture} is in no README"
 
 
 def test_the_set_up_lines_are_the_ones_that_ci_runs():

@@ -5,6 +5,7 @@ with 1 if a part is stale.
 """
 
 import difflib
+import json
 import os
 import re
 import subprocess
@@ -31,7 +32,62 @@ def diff(folder):
     return "\n".join(["```diff", *difflib.unified_diff(old, new, *names, lineterm="", n=1), "```"])
 
 
-PARTS = {"flags": flags, "diff": diff}
+def measured(section):
+    """Return a section of results.json, and a line that says how and where it was measured."""
+    found = json.loads((ROOT / "tests" / "results.json").read_text())[section]
+    at = found["where"]
+    device = f"{at['cores']} cores of {at['cpu']}" + (f", {at['gpu']}" if "gpu" in at else "")
+    versions = f"torch {at['torch']}, transformers {at['transformers']}, Python {at['python']}"
+    return found, f"(`{found['command']}`; {device}; {versions}; commit {at['commit']}.)"
+
+
+def rows_of(found):
+    """Return the lines of a table of medians and ratios."""
+    for name, row in found["table"].items():
+        ratio, low, high = row["ratio"]
+        spread = "" if name == found["to"] else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
+        median = f"{row['median']:,.0f}" if row["median"] > 100 else f"{row['median']:.1f}"
+        yield f"| {name} | {median} | {spread} |"
+
+
+def ceiling(folder):
+    found, line = measured("ceiling")
+    head = ["| one process | tokens/s | of the bare loop: median (spread) |", "|---|---|---|"]
+    return "\n".join([*head, *rows_of(found), "", line])
+
+
+def scaling(folder):
+    found, line = measured("scaling")
+    lines = ["| all cores | tokens/s | of stage 01: median (spread) |", "|---|---|---|"]
+    for batch in ("global batch 8", "global batch 32"):
+        lines += [f"| **{batch}** | | |", *rows_of(found[batch])]
+    return "\n".join([*lines, "", line])
+
+
+def links(folder):
+    found, line = measured("links")
+    lines = ["| link | global batch | seconds per step | expected | difference | speed |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in found["table"]:
+        if not row["bits"]:
+            free = row["seconds"]
+        expected, difference = "", ""
+        if row["bits"]:
+            expected, off = f"{row['expected']:.3f}", row["seconds"] / row["expected"] - 1
+            difference = f"{off:+.0%}"
+        cells = [row["link"], row["batch"], f"{row['seconds']:.3f}", expected, difference]
+        lines.append(f"| {' | '.join(map(str, cells))} | {free / row['seconds']:.0%} |")
+    return "\n".join([*lines, "", line])
+
+
+def start(folder):
+    found, line = measured("start")
+    head = ["| from the command to the first step | seconds | of a warm start |", "|---|---|---|"]
+    return "\n".join([*head, *rows_of(found), "", line])
+
+
+PARTS = {"flags": flags, "diff": diff, "ceiling": ceiling, "scaling": scaling}
+PARTS |= {"links": links, "start": start}
 
 
 def main():
