@@ -205,7 +205,7 @@ def main():
             save_now = step % args.ckpt_freq == 0 or step == total_steps
             if step % args.log_freq == 0 or save_now:
                 losses = torch.stack(losses)
-                dist.all_reduce(losses)  # gloo knows the sum, not the average
+                dist.all_reduce(losses)  # the sum over the ranks
                 losses /= world_size
                 stop_if_not_finite(losses.tolist(), step, run_dir)
                 stop_signal = torch.tensor(max(signals), device=device)
@@ -273,7 +273,10 @@ def start_process_group(on_gpu, timeout):
     # Without torchrun, a scheduler may show each process one GPU, its own, which then is number 0.
     alone = gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     if on_gpu and gpus < local_size and not alone:
-        sys.exit(f"error: --nproc-per-node {local_size}: {socket.gethostname()} has {gpus} GPUs")
+        sys.exit(
+            f"error: --nproc-per-node {local_size}: {socket.gethostname()} has {gpus} GPUs; "
+            "with CUDA_VISIBLE_DEVICES= all processes use the CPU"
+        )
     # At first waiting is no fault: some ranks may still be reading libraries from a slow disk.
     timeout = timedelta(seconds=max(timeout, 300))
     if on_gpu:
@@ -390,15 +393,16 @@ def load_data(args, tokenizer):
     """
     documents, column = load_documents(args)
     block, seq_length, eos = 100, args.seq_length, tokenizer.eos_token_id
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"  # half the disk for GPT-2's vocabulary
 
     def tokenize_and_pack(indices):
         # num_proc cuts the documents into parts anywhere. Whoever meets the first document of a
         # block packs the whole block, so the rows are the same wherever the cuts are.
-        ids = [np.empty(0, dtype=np.int32)]
+        ids = [np.empty(0, dtype)]
         for start in (i for i in indices if i % block == 0):
             texts = [text for text in documents[start : start + block][column] if text]
             encoded = tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {}
-            ids += [np.array([*row, eos], dtype=np.int32) for row in encoded.get("input_ids", [])]
+            ids += [np.array([*row, eos], dtype) for row in encoded.get("input_ids", [])]
         ids = np.concatenate(ids)
         # The block's tail, less than one row, is dropped: no row is ever padded.
         return {"input_ids": ids[: len(ids) // seq_length * seq_length].reshape(-1, seq_length)}
@@ -411,7 +415,7 @@ def load_data(args, tokenizer):
         with_indices=True,
         input_columns=[],
         remove_columns=documents.column_names,
-        features=Features({"input_ids": List(Value("int32"))}),
+        features=Features({"input_ids": List(Value(dtype))}),
         num_proc=min(cpus, len(documents) // block + 1),
         desc="tokenize and pack",
     ).with_format("torch")
@@ -651,7 +655,8 @@ def start_wandb(args, run_dir, history):
     except wandb.errors.CommError:
         log.warning("wandb's server does not answer: this run is logged offline")
         run = wandb.init(mode="offline", **options)
-    for row in history:
+    every = len(history) // 1000 + 1  # after 100,000 steps, all of them would take seconds
+    for row in history[::-every][::-1]:  # counted from the last one
         run.log(row, step=row["step"])
     return run
 

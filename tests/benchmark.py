@@ -125,11 +125,17 @@ print(parameters, activations, peak() - before)
 """
 
 
+def real_environment(**extra):
+    """Return the environment of a run with wandb, and with the GPUs that there are."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return environment(**{"WANDB_MODE": None, "CUDA_VISIBLE_DEVICES": gpus} | extra)
+
+
 def python(code, *arguments, folder=None, **env):
     """Run code in a new process; return the numbers that it prints in its last line."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment(OMP_NUM_THREADS=CORES, WANDB_MODE=None, **env),
+        env=real_environment(OMP_NUM_THREADS=CORES, **env),
         cwd=folder,
         check=True,
         stdout=subprocess.PIPE,
@@ -145,13 +151,13 @@ def train(stage, *flags, processes=1, batch=GLOBAL_BATCH, hosts=None):
         folder = Path(folder)
         more = ["-e", "run", "--save-dir", folder, "-b", batch // processes]
         more += ["--global-batch-size", batch, *flags]
-        env = {"OMP_NUM_THREADS": max(1, CORES // processes), "WANDB_MODE": None}
+        env = {"OMP_NUM_THREADS": max(1, CORES // processes)}
         if hosts:
             for output in finish(*hosts.both(*more, **env), timeout=1200):
                 assert "Error" not in output, output
         else:
             line = command(stage, *more, processes=processes)
-            subprocess.run(line, env=environment(**env), check=True, capture_output=True)
+            subprocess.run(line, env=real_environment(**env), check=True, capture_output=True)
         return metrics(folder / "run")
 
 
@@ -242,7 +248,7 @@ def options(rounds, steps=40):
     variants["1 process, compiled"] = lambda: speed("01", steps, "--compile")
     variants["2 processes"] = lambda: speed("02", steps, processes=2)
     bf16 = command("01", "--dtype", "bf16", "--max-steps", 1)
-    if subprocess.run(bf16, env=environment(), capture_output=True).returncode == 0:
+    if subprocess.run(bf16, env=real_environment(), capture_output=True).returncode == 0:
         variants["1 process, bf16"] = lambda: speed("01", steps, "--dtype", "bf16")
     else:
         print("bf16 fails here")
@@ -287,7 +293,7 @@ def data(rounds):
 def first_step(*flags, **env):
     """Return the seconds from the command to the first logged step."""
     line = command("01", "--log-freq", 1, *flags)
-    env = environment(OMP_NUM_THREADS=CORES, WANDB_MODE=None, **env)
+    env = real_environment(OMP_NUM_THREADS=CORES, **env)
     start = time.perf_counter()
     run = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
@@ -306,7 +312,7 @@ def start(rounds):
         folder = Path(folder)
         flags = ["--save-dir", folder]
         line = command("01", *flags, "-e", "old", "--max-steps", 1)
-        subprocess.run(line, env=environment(), check=True, capture_output=True)
+        subprocess.run(line, env=real_environment(), check=True, capture_output=True)
         flags += ["--max-steps", 110_000]
         path = folder / "old" / "checkpoint.pt"
         checkpoint = torch.load(path)
@@ -314,6 +320,7 @@ def start(rounds):
         checkpoint["step"] = checkpoint["scheduler"]["last_epoch"] = 100_000
         checkpoint["samples_seen"] = 100_000 * GLOBAL_BATCH
         torch.save(checkpoint, path)
+        del row["val_loss"]
         rows = [json.dumps(row | {"step": step}) for step in range(10, 100_001, 10)]
         (folder / "old" / "metrics.jsonl").write_text("".join(line + "\n" for line in rows))
 
@@ -434,7 +441,7 @@ def timeline(rounds):
         flags = ["-m", model, "-d", text, "-e", "run", "--save-dir", folder, "-b", 16]
         flags += ["--max-steps", 12, "--log-freq", 100, "--ckpt-freq", 100, "--profile"]
         line = command("02", *flags, processes=2)
-        subprocess.run(line, env=environment(), check=True, capture_output=True)
+        subprocess.run(line, env=real_environment(), check=True, capture_output=True)
         ranks = [spans(folder / "run" / f"trace-rank{rank}.json") for rank in range(2)]
     begin = min(span["from"] for rank in ranks for span in rank)
     for number, rank in enumerate(ranks):

@@ -36,11 +36,12 @@ def environment(**extra):
     """Return the environment of a run; None takes a variable out.
 
     One thread per process: with more threads than cores OpenMP's waiting costs minutes. Without
-    wandb, whose own processes cost seconds: the tests that look at it say WANDB_MODE=None.
+    wandb, whose own processes cost seconds: the tests that look at it say WANDB_MODE=None. Without
+    GPUs: the tests compare float32 losses, and run more processes than a machine may have GPUs.
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_HUB_OFFLINE"))}
     env |= {"OMP_NUM_THREADS": "1", "HOME": os.environ.get("TEST_HOME", env["HOME"])}
-    env |= {"PYTHONPATH": ROOT / "tests" / "fewer_collections"}
+    env |= {"PYTHONPATH": ROOT / "tests" / "fewer_collections", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"WANDB_MODE": "disabled"} | extra
     return {key: str(value) for key, value in env.items() if value is not None}
 

@@ -49,8 +49,7 @@ MISTAKES = {
         "stand outside no_sync()",
     ),
     "the loss of one rank": (
-        "dist.all_reduce(losses)  # gloo knows the sum, not the average\n"
-        "                losses /= world_size",
+        "dist.all_reduce(losses)  # the sum over the ranks\n                losses /= world_size",
         "",
         "the loss is that of one rank",
     ),
