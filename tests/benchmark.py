@@ -1,8 +1,9 @@
 """Measure what the READMEs say about speed: python tests/benchmark.py [SECTION ...] [--rounds 5]
 
 Each section prints its table and replaces its part of results.json, which pictures.py draws from.
-What is compared takes turns, so that a machine whose speed drifts slows all of it; what counts is
-the ratio within a round, and the median over the rounds. Let nothing else run meanwhile.
+What is compared takes turns, so that a machine whose speed drifts slows all of it: trainings run
+for a second each, while the others are stopped by SIGSTOP. What counts is the ratio within a round,
+and the median over the rounds. Let nothing else run meanwhile.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from check_exercise import processes_with
 from hosts import Hosts, finish, why_not
 from material import make_model, source_code
 from stages import FOLDERS, ROOT, command, environment, metrics, weights, worst_difference
@@ -29,9 +32,9 @@ ON_GPU = torch.cuda.is_available()
 GLOBAL_BATCH, SEQ_LENGTH = 8, 128  # the built-in defaults
 
 BARE_LOOP = """
-import sys, time, torch
+import itertools, json, sys, torch
 from transformers import AutoModelForCausalLM, GPT2Config
-steps, batch = int(sys.argv[1]), int(sys.argv[2])
+log, batch = open(sys.argv[1], "a"), int(sys.argv[2])
 config = GPT2Config(n_layer=4, n_head=4, n_embd=192, n_positions=128, vocab_size=384,
     resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,20 +43,16 @@ model.loss_type = "ForCausalLM"
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, fused=True)
 forward = torch.compile(model) if device.type == "cuda" else model
 rows = torch.randint(0, 256, (64, batch, 128), device=device)
-def train(steps):
-    for step in range(steps):
-        ids = rows[step % 64]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    loss.item()
-train(20)
-start = time.perf_counter()
-train(steps)
-print(steps * batch * 128 / (time.perf_counter() - start))
+for step in itertools.count(1):
+    ids = rows[step % 64]
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 10 == 0:
+        print(json.dumps({"step": step, "loss": loss.item()}), file=log, flush=True)
 """
 
 # Runs a stage and prints how long it trained, evaluated and saved.
@@ -161,11 +160,79 @@ def train(stage, *flags, processes=1, batch=GLOBAL_BATCH, hosts=None):
         return metrics(folder / "run")
 
 
-def speed(stage, steps, *flags, **options):
-    """Return tokens/s as a stage logs them, after 20 steps of warm-up."""
-    rows = train(stage, "--max-steps", 20 + steps, *flags, **options)
-    # Equal numbers of tokens between two logged steps, hence the harmonic mean.
-    return statistics.harmonic_mean([r["tokens_per_s"] for s, r in rows.items() if s > 20])
+class Training:
+    """A training that is stopped most of the time."""
+
+    def __init__(self, folder, stage, *flags, processes=1, batch=GLOBAL_BATCH):
+        """Start a stage, or the bare loop (stage None); stop it after 20 steps."""
+        self.folder, self.batch = folder, batch
+        self.log = folder / "run" / "metrics.jsonl"
+        self.log.parent.mkdir(parents=True)
+        line = [sys.executable, "-c", BARE_LOOP, self.log, batch]
+        if stage:
+            more = ["-e", "run", "--save-dir", folder, "-b", batch // processes]
+            more += ["--global-batch-size", batch, "--max-steps", 1_000_000]
+            more += ["--ckpt-freq", 1_000_000]  # what saving and evaluating cost is another section
+            line = command(stage, *more, *flags, processes=processes)
+        env = real_environment(OMP_NUM_THREADS=max(1, CORES // processes), BENCHMARK=folder)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([*map(str, line)], env=env, **quiet)
+        while self.last_step()[0] < 20:
+            assert self.process.poll() is None, f"ended: {line}"
+            time.sleep(0.1)
+        self.signal(signal.SIGSTOP)
+        self.measured_from = self.last_step()
+        self.awake = [(self.measured_from[1], time.time())]
+
+    def signal(self, number):
+        for pid in processes_with(f"BENCHMARK={self.folder}"):
+            os.kill(pid, number)
+
+    def last_step(self):
+        """Return the last step that was logged, and when."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        lines = [line for line in lines if line.endswith("}")]
+        return (json.loads(lines[-1])["step"], self.log.stat().st_mtime) if lines else (0, 0)
+
+    def run(self, seconds):
+        start = time.time()
+        self.signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self.signal(signal.SIGSTOP)
+        self.awake.append((start, time.time()))
+
+    def speed(self):
+        """Return tokens/s since the last call, in the time that it was awake."""
+        (first, begin), (last, end) = self.measured_from, self.last_step()
+        self.measured_from = last, end
+        seconds = sum(max(0, min(b, end) - max(a, begin)) for a, b in self.awake)
+        return (last - first) * self.batch * SEQ_LENGTH / seconds
+
+
+def in_slices(variants, rounds, rotations=12):
+    """Run trainings, {name: arguments of Training}, a second each in turn, 12 times in a round.
+
+    Return {name: [tokens/s in a round]}.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        try:
+            for number, (name, (words, options)) in enumerate(variants.items()):
+                runs[name] = Training(Path(folder, str(number)), *words, **options)
+            values = {name: [] for name in runs}
+            for number in range(rounds):
+                for _ in range(rotations):
+                    for run in runs.values():
+                        run.run(1)
+                for name, run in runs.items():
+                    values[name].append(run.speed())
+                line = ", ".join(f"{name} {got[-1]:,.0f}" for name, got in values.items())
+                print(f"round {number + 1}: {line}", flush=True)
+        finally:
+            for run in runs.values():
+                run.signal(signal.SIGKILL)
+                run.process.wait()
+    return values
 
 
 def in_turn(variants, rounds):
@@ -221,38 +288,37 @@ def curves(rounds):
     }
 
 
-def ceiling(rounds, steps=60):
+def ceiling(rounds):
     """Each stage in one process against a bare loop on rows that are in memory already."""
-    variants = {"bare loop": lambda: python(BARE_LOOP, steps, GLOBAL_BATCH)[0]}
-    variants |= {f"stage {s}": lambda s=s: speed(s, steps) for s in FOLDERS}
-    return ratios(in_turn(variants, rounds), "bare loop", "tokens/s")
+    variants = {"bare loop": ((None,), {})} | {f"stage {s}": ((s,), {}) for s in FOLDERS}
+    return ratios(in_slices(variants, rounds), "bare loop", "tokens/s")
 
 
-def scaling(rounds, steps=60):
+def scaling(rounds):
     """Two processes with half the threads each, against one process with all."""
     tables = {}
-    for batch, most in ((8, steps), (32, steps // 2)):
-        variants = {"stage 01": lambda b=batch, n=most: speed("01", n, batch=b)}
+    for batch in (8, 32):
+        variants = {"stage 01": (("01",), {"batch": batch})}
         for s in ("02", "03", "04"):
-            variants[f"stage {s}, 2 processes"] = lambda s=s, b=batch, n=most: speed(
-                s, n, processes=2, batch=b
-            )
+            options = {"batch": batch, "processes": 2}
+            variants[f"stage {s}, 2 processes"] = ((s,), options)
         print(f"global batch {batch}")
-        tables[f"global batch {batch}"] = ratios(in_turn(variants, rounds), "stage 01", "tokens/s")
+        values = in_slices(variants, rounds, rotations=12 if batch == 8 else 24)
+        tables[f"global batch {batch}"] = ratios(values, "stage 01", "tokens/s")
     return tables
 
 
-def options(rounds, steps=40):
+def options(rounds):
     """What the defaults on a CPU rest on: threads against processes, compiled or not, bf16."""
-    variants = {"1 process": lambda: speed("01", steps)}
-    variants["1 process, compiled"] = lambda: speed("01", steps, "--compile")
-    variants["2 processes"] = lambda: speed("02", steps, processes=2)
-    bf16 = command("01", "--dtype", "bf16", "--max-steps", 1)
-    if subprocess.run(bf16, env=real_environment(), capture_output=True).returncode == 0:
-        variants["1 process, bf16"] = lambda: speed("01", steps, "--dtype", "bf16")
+    variants = {"1 process": (("01",), {}), "2 processes": (("02",), {"processes": 2})}
+    variants["1 process, compiled"] = ("01", "--compile"), {}
+    bf16 = ("01", "--dtype", "bf16")
+    line = command(*bf16, "--max-steps", 1)
+    if subprocess.run(line, env=real_environment(), capture_output=True).returncode == 0:
+        variants["1 process, bf16"] = bf16, {}
     else:
         print("bf16 fails here")
-    return ratios(in_turn(variants, rounds), "1 process", "tokens/s")
+    return ratios(in_slices(variants, rounds), "1 process", "tokens/s")
 
 
 def data(rounds):
@@ -278,7 +344,7 @@ def data(rounds):
         for _ in loader:
             pass
         speeds.append(len(order) * args.seq_length / (time.perf_counter() - start))
-    used = speed("01", 40)
+    used = statistics.median(in_slices({"stage 01": (("01",), {})}, 3)["stage 01"])
     found = {
         "tokenize and pack, tokens/s": tokens / seconds,
         "cache, bytes/token": cache / tokens,

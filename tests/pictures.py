@@ -153,7 +153,8 @@ def checkpoint(found):
     for place, (name, text) in enumerate(meaning.items()):
         size = sum(found["bytes"][key] for key in name.split(", "))
         axes.barh(-place, size, color=LIGHT, edgecolor=BLUE)
-        unit = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size:,} bytes"
+        unit = f"{size / 1e6:.1f} MB" if size > 1e6 else "less than 1 kB"
+        unit = f"{size / 1e3:.0f} kB" if 1e3 < size < 1e6 else unit
         axes.text(1.3, -place, f"{name}: {unit}", va="center", fontsize=9, color=INK)
         axes.text(6e7, -place, text, va="center", fontsize=9, color=INK)
     axes.set(xscale="log", xlim=(1, 1e12), yticks=[], xticks=[1e3, 1e6])

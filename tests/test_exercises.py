@@ -1,12 +1,13 @@
 """The checker of the exercises accepts the stages, and catches and names each planted mistake."""
 
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
-from check_exercise import ALL, check, prepare, reference
-from hosts import why_not
+from check_exercise import ALL, check, prepare, processes_with, reference
+from hosts import wait_for, why_not
 from stages import FOLDERS, ROOT, environment
 
 REASON = why_not()
@@ -126,3 +127,57 @@ def test_a_script_that_does_not_start_is_shown_with_what_it_said(tmp_path):
     done = subprocess.run(line, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     assert "ValueError: not ready yet" in done.stdout and "WRONG  it trains" in done.stdout
+
+
+def test_without_no_sync_all_holds(right, tmp_path):
+    """It costs time, and changes nothing."""
+    source = (ROOT / FOLDERS["02"] / "train_llm.py").read_text()
+    old = "ddp_model.no_sync() if micro_step % micro_steps else nullcontext()"
+    assert source.count(old) == 1
+    script = tmp_path / "my_train_llm.py"
+    script.write_text(source.replace(old, "nullcontext()"))
+    results = results_of("02", script, right, tmp_path)
+    assert len(results) == ALL and not any(results.values()), results
+
+
+def test_two_ranks_with_one_number(right, tmp_path):
+    """Stage 04's exercise: the second one cannot serve the store, the first one waits."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0}
+    env = environment(LOCAL_WORLD_SIZE=2, LOCAL_RANK=0, **env)
+    line = [sys.executable, ROOT / FOLDERS["03"] / "train_llm.py", *map(str, right[0])]
+    runs = [subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        wait_for(lambda: any(run.poll() is not None for run in runs), what="one fails")
+        ended = [run for run in runs if run.poll() is not None]
+        assert len(ended) == 1
+        assert ended[0].returncode == 1 and "EADDRINUSE" in ended[0].stderr.read()
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+
+
+def test_without_end_with_the_parent_the_ranks_train_on(right, tmp_path):
+    source = (ROOT / FOLDERS["04"] / "train_llm.py").read_text()
+    old = "    end_with_the_parent()\n"
+    assert source.count(old) == 1
+    script = tmp_path / "my_train_llm.py"
+    script.write_text(source.replace(old, ""))
+    flags = [*right[0], "--max-steps", 100_000, "--save-dir", tmp_path, "-e", "run", "-b", 4]
+    line = [sys.executable, script, *map(str, flags), "--nproc-per-node", "2"]
+    env, log = environment(EXERCISE=tmp_path), tmp_path / "run" / "metrics.jsonl"
+    launcher = subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: log.exists() and log.stat().st_size, what="a step")
+        launcher.kill()
+        launcher.wait()
+        size = log.stat().st_size
+        wait_for(lambda: log.stat().st_size > size + 1000, what="more steps, without a launcher")
+        assert len(processes_with(f"EXERCISE={tmp_path}")) >= 2
+    finally:
+        launcher.kill()
+        for pid in processes_with(f"EXERCISE={tmp_path}"):
+            os.kill(pid, 9)
