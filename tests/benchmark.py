@@ -186,7 +186,9 @@ class Training:
 
     def signal(self, number):
         for pid in processes_with(f"BENCHMARK={self.folder}"):
-            os.kill(pid, number)
+            agent = b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if not agent or number == signal.SIGKILL:  # an agent must go on sending its heartbeat
+                os.kill(pid, number)
 
     def last_step(self):
         """Return the last step that was logged, and when."""
