@@ -175,10 +175,11 @@ class Training:
             more += ["--ckpt-freq", 1_000_000]  # what saving and evaluating cost is another section
             line = command(stage, *more, *flags, processes=processes)
         env = real_environment(OMP_NUM_THREADS=max(1, CORES // processes), BENCHMARK=folder)
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([*map(str, line)], env=env, **quiet)
+        with open(folder / "output", "w") as output:
+            quiet = {"stdout": output, "stderr": output}
+            self.process = subprocess.Popen([*map(str, line)], env=env, **quiet)
         while self.last_step()[0] < 20:
-            assert self.process.poll() is None, f"ended: {line}"
+            assert self.process.poll() is None, (folder / "output").read_text()
             time.sleep(0.1)
         self.signal(signal.SIGSTOP)
         self.measured_from = self.last_step()
@@ -206,6 +207,7 @@ class Training:
     def speed(self):
         """Return tokens/s since the last call, in the time that it was awake."""
         (first, begin), (last, end) = self.measured_from, self.last_step()
+        assert last > first, (self.folder / "output").read_text()
         self.measured_from = last, end
         seconds = sum(max(0, min(b, end) - max(a, begin)) for a, b in self.awake)
         return (last - first) * self.batch * SEQ_LENGTH / seconds
@@ -305,7 +307,7 @@ def scaling(rounds):
             options = {"batch": batch, "processes": 2}
             variants[f"stage {s}, 2 processes"] = ((s,), options)
         print(f"global batch {batch}")
-        values = in_slices(variants, rounds, rotations=12 if batch == 8 else 24)
+        values = in_slices(variants, rounds, rotations=8 if batch == 8 else 16)
         tables[f"global batch {batch}"] = ratios(values, "stage 01", "tokens/s")
     return tables
 
