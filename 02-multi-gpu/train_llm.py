@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,6 +39,7 @@ from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
 )
 from transformers import logging as transformers_logging
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 log = logging.getLogger("train_llm")
 
@@ -387,6 +389,13 @@ def build_model(args, config):
     except Exception as error:
         sys.exit(explain("--model-name", args.model_name, error))
     model.loss_type = "ForCausalLM"  # what GPT-2 would fall back to, with a warning
+    # Rows have no padding, so causal attention needs no mask. To find that out, the library would
+    # read the GPU in every forward pass; compiled, it would build a mask, and lose flash attention.
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = layers == {"full_attention"} and not getattr(config, "sliding_window", None)
+    if plain and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register("causal", sdpa_attention_forward)
+        model.set_attn_implementation("causal")
     return model
 
 

@@ -33,13 +33,16 @@ GLOBAL_BATCH, SEQ_LENGTH = 8, 128  # the built-in defaults
 
 BARE_LOOP = """
 import itertools, json, sys, torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+AttentionInterface.register("causal", sdpa_attention_forward)
 log, batch = open(sys.argv[1], "a"), int(sys.argv[2])
 config = GPT2Config(n_layer=4, n_head=4, n_embd=192, n_positions=128, vocab_size=384,
     resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
 model.loss_type = "ForCausalLM"
+model.set_attn_implementation("causal")
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, fused=True)
 forward = torch.compile(model) if device.type == "cuda" else model
 rows = torch.randint(0, 256, (64, batch, 128), device=device)
