@@ -1,9 +1,11 @@
 """What stage 01 promises, each promise run as a reader runs the script."""
 
+import copy
 import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -11,6 +13,8 @@ import struct
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,7 +33,8 @@ from stages import (
     train,
     worst_difference,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def test_the_first_command_learns_writes_python_and_leaves_nothing(tmp_path):
@@ -498,3 +503,35 @@ def test_profile_shows_five_steps_and_changes_nothing(flags, alone, tmp_path):
     assert sum(name.startswith("ProfilerStep#") for name in names) == 5
     for bar in ("enumerate(DataLoader)", "aten::addmm", "Optimizer.step#AdamW.step"):
         assert any(name.startswith(bar) for name in names), bar
+
+
+class NoLook(TorchDispatchMode):
+    """Fails where the value of a tensor is read: on a GPU, the CPU would wait for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "local_scalar" not in str(function) and "nonzero" not in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+WINDOWS = [("mistral", 16), ("gemma3_text", 16)]
+NO_WINDOWS = [(kind, None) for kind in ("gpt2", "llama", "qwen3", "opt", "mistral")]
+
+
+@pytest.mark.parametrize("kind, window", WINDOWS + NO_WINDOWS)
+def test_attention_without_a_mask_is_the_attention_of_the_model(kind, window):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "ffn_dim": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"vocab_size": 384, "max_position_embeddings": 128, "word_embed_proj_dim": 64}
+    config = AutoConfig.for_model(kind, **sizes)
+    if kind in ("mistral", "gemma3_text"):
+        config.sliding_window = window
+    build_model = runpy.run_path(f"{ROOT}/01-single-gpu/train_llm.py")["build_model"]
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    ours = build_model(Namespace(pretrained=False, model_name=kind), config).eval()
+    ids = torch.randint(3, 380, (2, 64))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, use_cache=False).logits
+        with nullcontext() if window else NoLook():
+            assert torch.equal(ours(input_ids=ids, use_cache=False).logits, expected)
