@@ -123,8 +123,17 @@ def test_generated_parts_are_fresh():
     subprocess.run(line, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def anchors(readme):
+    """Return the names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", readme.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 def test_links_between_files_resolve():
     for readme in READMES:
-        for target in re.findall(r"\]\(([^)#]+)", readme.read_text()):
+        for link in re.findall(r"\]\(([^)]+)\)", readme.read_text()):
+            target, _, anchor = link.partition("#")
             if not target.startswith("http"):
-                assert (readme.parent / target).exists(), f"{readme}: {target}"
+                path = readme.parent / target if target else readme
+                assert path.exists(), f"{readme}: {link}"
+                assert not anchor or anchor in anchors(path), f"{readme}: {link}"
