@@ -159,6 +159,9 @@ def main(args):
     check_agreement({"data": data_id, "--save-dir": shared, "step to resume from": step})
     # All ranks have started and have their data: from here on a long wait means that one is lost.
     dist.group.WORLD.set_timeout(timedelta(seconds=args.timeout))
+    profiler = None
+    if args.profile:
+        profiler = start_profiler(run_dir / f"trace-rank{rank}.json", total_steps - step)
     history = read_metrics(run_dir, step)
     wandb_run = start_wandb(args, run_dir, history)
 
@@ -170,9 +173,6 @@ def main(args):
     # Train.
     progress = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0 or None)
     sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
-    profiler = None
-    if args.profile:
-        profiler = start_profiler(run_dir / f"trace-rank{rank}.json", total_steps - step)
     losses, start_time = [], time.perf_counter()
     while step < total_steps:
         epoch, position = divmod(samples_seen, epoch_samples)
@@ -660,11 +660,12 @@ def build_model(args, config):
     except Exception as error:
         sys.exit(explain("--model-name", args.model_name, error))
     model.loss_type = "ForCausalLM"  # what GPT-2 would fall back to, with a warning
-    # Rows have no padding, so causal attention needs no mask. To find that out, the library would
-    # read the GPU in every forward pass; compiled, it would build a mask, and lose flash attention.
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    plain = layers == {"full_attention"} and not getattr(config, "sliding_window", None)
-    if plain and model.config._attn_implementation == "sdpa":
+    # Rows have no padding, so these models' causal attention needs no mask. To find that out, the
+    # library would read the GPU in every forward pass; compiled, it would build a mask, and lose
+    # flash attention.
+    plain = config.model_type in ("gpt2", "gpt_neox", "llama", "olmo2", "qwen2", "qwen3")
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    if plain and not windows and model.config._attn_implementation == "sdpa":
         AttentionInterface.register("causal", sdpa_attention_forward)
         model.set_attn_implementation("causal")
     return model
@@ -842,7 +843,7 @@ def start_wandb(args, run_dir, history):
     except wandb.errors.CommError:
         log.warning("wandb's server does not answer: this run is logged offline")
         run = wandb.init(mode="offline", **options)
-    every = len(history) // 1000 + 1  # after 100,000 steps, all of them would take seconds
+    every = max(1, len(history) // 1000)  # after 100,000 steps, all of them would take seconds
     for row in history[::-every][::-1]:  # counted from the last one
         run.log(row, step=row["step"])
     return run
@@ -854,8 +855,12 @@ def start_profiler(path, steps):
         sys.exit(f"error: --profile: needs 10 steps, and this run has {steps} to go")
 
     def write(profiler):
-        profiler.export_chrome_trace(str(path))
-        log.info(f"{path} shows where the time went: open it in https://ui.perfetto.dev")
+        path.unlink(missing_ok=True)
+        profiler.export_chrome_trace(str(path))  # does not raise when it cannot write
+        if path.exists():
+            log.info(f"{path} shows where the time went: open it in https://ui.perfetto.dev")
+        else:
+            log.warning(f"--profile: cannot write {path}: is there room?")
 
     schedule = torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1)
     profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)

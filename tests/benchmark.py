@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -190,9 +191,10 @@ class Training:
 
     def signal(self, number):
         for pid in processes_with(f"BENCHMARK={self.folder}"):
-            agent = b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            if not agent or number == signal.SIGKILL:  # an agent must go on sending its heartbeat
-                os.kill(pid, number)
+            with suppress(OSError):  # it has just ended
+                agent = b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
+                if not agent or number == signal.SIGKILL:  # an agent must go on with its heartbeat
+                    os.kill(pid, number)
 
     def last_step(self):
         """Return the last step that was logged, and when."""
@@ -554,6 +556,7 @@ def spans(path):
 
 
 SECTIONS = [curves, ceiling, scaling, options, data, start, saving, memory, links, timeline]
+SEVERAL = ["curves", "scaling", "options", "timeline"]  # sections with more than one rank
 
 
 def where():
@@ -561,8 +564,12 @@ def where():
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    line = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(line, capture_output=True, text=True).stdout.strip()
+    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "*.py"])
+    commit, changed = (
+        subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout
+        for words in commands
+    )
+    commit = commit.strip() + ("-dirty" if changed.strip() else "")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = {"cores": CORES, "cpu": cpu}
     if ON_GPU:
@@ -579,10 +586,17 @@ def main():
     for name in args.sections:
         if name not in known:
             parser.error(f"{name}: no such section; there are {', '.join(known)}")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["HF_HOME"] = cache  # before datasets is imported
         for name in args.sections or known:
             print(f"\n{name}: {known[name].__doc__.splitlines()[0]}", flush=True)
+            if name == "curves" or name in SEVERAL and torch.cuda.device_count() < 2:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
+            elif gpus is None:
+                os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            else:
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpus
             line = f"python tests/benchmark.py {name} --rounds {args.rounds}"
             found = {"command": line, "where": where()} | known[name](args.rounds)
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import wandb
 from stages import (
     ROOT,
     STEPS,
@@ -513,18 +514,23 @@ class NoLook(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-WINDOWS = [("mistral", 16), ("gemma3_text", 16)]
-NO_WINDOWS = [(kind, None) for kind in ("gpt2", "llama", "qwen3", "opt", "mistral")]
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "olmo2", "qwen2", "qwen3"])
+def test_attention_without_a_mask_is_the_attention_of_the_model(kind):
+    check_attention(kind, NoLook())
 
 
-@pytest.mark.parametrize("kind, window", WINDOWS + NO_WINDOWS)
-def test_attention_without_a_mask_is_the_attention_of_the_model(kind, window):
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "doge"])
+def test_models_with_other_masks_keep_them(kind):
+    check_attention(kind, nullcontext())
+
+
+def check_attention(kind, look):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "ffn_dim": 128, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     sizes |= {"vocab_size": 384, "max_position_embeddings": 128, "word_embed_proj_dim": 64}
     config = AutoConfig.for_model(kind, **sizes)
     if kind in ("mistral", "gemma3_text"):
-        config.sliding_window = window
+        config.sliding_window = 16
     build_model = runpy.run_path(f"{ROOT}/01-single-gpu/train_llm.py")["build_model"]
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
@@ -533,5 +539,15 @@ def test_attention_without_a_mask_is_the_attention_of_the_model(kind, window):
     ids = torch.randint(3, 380, (2, 64))
     with torch.no_grad():
         expected = theirs(input_ids=ids, use_cache=False).logits
-        with nullcontext() if window else NoLook():
+        with look:
             assert torch.equal(ours(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_of_a_long_history_wandb_gets_a_thousand_rows(monkeypatch):
+    logged = []
+    run = Namespace(log=lambda row, step: logged.append(step))
+    start_wandb = runpy.run_path(f"{ROOT}/01-single-gpu/train_llm.py")["start_wandb"]
+    monkeypatch.setattr(wandb, "init", lambda **options: run)
+    history = [{"step": step} for step in range(10, 100_001, 10)]
+    start_wandb(Namespace(experiment_name=None), None, history)
+    assert logged == list(range(100, 100_001, 100))

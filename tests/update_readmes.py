@@ -38,7 +38,8 @@ def measured(section):
     at = found["where"]
     device = f"{at['cores']} cores of {at['cpu']}" + (f", {at['gpu']}" if "gpu" in at else "")
     versions = f"torch {at['torch']}, transformers {at['transformers']}, Python {at['python']}"
-    return found, f"(`{found['command']}`; {device}; {versions}; commit {at['commit']}.)"
+    command = found["command"].replace("tests/", "../tests/")
+    return found, f"(`{command}`; {device}; {versions}; commit {at['commit']}.)"
 
 
 def rows_of(found):
