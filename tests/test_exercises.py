@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from check_exercise import ALL, check, prepare, processes_with, reference
+from check_exercise import ALL, check, check_device, prepare, processes_with, reference
 from hosts import wait_for, why_not
 from stages import FOLDERS, ROOT, environment
 
@@ -30,6 +30,15 @@ def results_of(stage, script, right, tmp_path):
     return dict(
         check(stage, script, [*flags, "--save-dir", tmp_path / "outputs"], curve_and_rows, tmp_path)
     )
+
+
+def changed(stage, old, new, tmp_path):
+    """Return a reader's script: the stage's own, with one change."""
+    source = (ROOT / FOLDERS[stage] / "train_llm.py").read_text()
+    assert source.count(old) == 1
+    script = tmp_path / "my_train_llm.py"
+    script.write_text(source.replace(old, new))
+    return script
 
 
 @pytest.mark.parametrize("stage", ["02", STAGE_03, "04"])
@@ -98,25 +107,17 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_is_named(right, tmp_path, mistake):
     old, new, message = MISTAKES[mistake]
-    source = (ROOT / FOLDERS["02"] / "train_llm.py").read_text()
-    assert source.count(old) == 1
-    script = tmp_path / "my_train_llm.py"
-    script.write_text(source.replace(old, new))
+    script = changed("02", old, new, tmp_path)
     wrong = [text for text in results_of("02", script, right, tmp_path).values() if text]
     assert wrong and message in wrong[0], wrong
 
 
 def test_a_device_by_the_rank_is_named(right, tmp_path):
     """In stage 03, where the local rank is not the rank."""
-    source = (ROOT / FOLDERS["03"] / "train_llm.py").read_text()
     old = 'torch.device("cuda", 0 if alone else local_rank)'
-    assert source.count(old) == 1
-    script = tmp_path / "my_train_llm.py"
-    script.write_text(source.replace(old, 'torch.device("cuda", rank % torch.cuda.device_count())'))
-    from check_exercise import check_device
-
-    flags = right[0]
-    ((what, wrong),) = check_device("03", script, flags, tmp_path)
+    new = 'torch.device("cuda", rank % torch.cuda.device_count())'
+    script = changed("03", old, new, tmp_path)
+    ((what, wrong),) = check_device("03", script, right[0], tmp_path)
     assert "local rank 1 takes GPU 0" in wrong and "rank % device_count" in wrong
 
 
@@ -131,11 +132,8 @@ def test_a_script_that_does_not_start_is_shown_with_what_it_said(tmp_path):
 
 def test_without_no_sync_all_holds(right, tmp_path):
     """It costs time, and changes nothing."""
-    source = (ROOT / FOLDERS["02"] / "train_llm.py").read_text()
     old = "ddp_model.no_sync() if micro_step % micro_steps else nullcontext()"
-    assert source.count(old) == 1
-    script = tmp_path / "my_train_llm.py"
-    script.write_text(source.replace(old, "nullcontext()"))
+    script = changed("02", old, "nullcontext()", tmp_path)
     results = results_of("02", script, right, tmp_path)
     assert len(results) == ALL and not any(results.values()), results
 
@@ -161,11 +159,7 @@ def test_two_ranks_with_one_number(right, tmp_path):
 
 
 def test_without_end_with_the_parent_the_ranks_train_on(right, tmp_path):
-    source = (ROOT / FOLDERS["04"] / "train_llm.py").read_text()
-    old = "    end_with_the_parent()\n"
-    assert source.count(old) == 1
-    script = tmp_path / "my_train_llm.py"
-    script.write_text(source.replace(old, ""))
+    script = changed("04", "    end_with_the_parent()\n", "", tmp_path)
     flags = [*right[0], "--max-steps", 100_000, "--save-dir", tmp_path, "-e", "run", "-b", 4]
     line = [sys.executable, script, *map(str, flags), "--nproc-per-node", "2"]
     env, log = environment(EXERCISE=tmp_path), tmp_path / "run" / "metrics.jsonl"
