@@ -378,7 +378,7 @@ def serve_the_store(args):
 
     Exit if the other nodes could not reach it there.
     """
-    if args.nnodes > 1 and args.master_addr is None:
+    if args.nnodes > 1 and not args.master_addr:
         sys.exit(
             f"error: --nnodes {args.nnodes}: say --master-addr too: the name or address of node 0"
         )

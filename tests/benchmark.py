@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +27,14 @@ from check_exercise import processes_with
 from hosts import Hosts, finish, why_not
 from material import make_model, source_code
 from stages import FOLDERS, ROOT, command, environment, metrics, weights, worst_difference
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
 RESULTS = ROOT / "tests" / "results.json"
 CORES = len(os.sched_getaffinity(0))
 ON_GPU = torch.cuda.is_available()
 GLOBAL_BATCH, SEQ_LENGTH = 8, 128  # the built-in defaults
+# Operations/s of dense bf16 products, by the data sheets of the SXM versions.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 BARE_LOOP = """
 import itertools, json, sys, torch
@@ -527,6 +531,85 @@ def timeline(rounds):
     return {"ranks": ranks}
 
 
+def matmul_speed():
+    """Return the operations/s of a large matrix product, in the type that autocast would use."""
+    device, dtype = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
+    size = 8192 if ON_GPU else 4096
+    matrix, seconds = torch.randn(size, size, device=device, dtype=dtype), []
+    for _ in range(10):
+        start = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def gpt2(rounds):
+    """GPT-2 (124 million weights), 1024 tokens a row: tokens/s, and what part of the peak that is.
+
+    A token costs 6 operations for each weight (2 forward, 4 backward; position embeddings are only
+    looked up) and 12 x layers x width x row length for attention, of which causality saves half,
+    not counted by custom (Chowdhery et al. 2022, PaLM, appendix B). Operations/s over the peak is
+    the MFU (model FLOPs utilization).
+    """
+    config = GPT2Config(bos_token_id=1, eos_token_id=1)  # as on the hub, dropout included
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    length = config.n_positions
+    operations = 6 * weights + 12 * config.n_layer * config.n_embd * length
+    measured = matmul_speed()
+    name = torch.cuda.get_device_name() if ON_GPU else ""
+    peak = next((speed for gpu, speed in PEAKS.items() if gpu in name), measured)
+    print(
+        f"{operations / 1e6:,.0f} million operations a token; peak {peak / 1e12:,.2f} TFLOP/s, "
+        f"in a large matrix product {measured / 1e12:,.2f}"
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        config.save_pretrained(folder / "gpt2")
+        ByT5Tokenizer().save_pretrained(folder / "gpt2")
+        flags, batch = ["-m", folder / "gpt2"], 1
+        if ON_GPU:
+            batch, last = 32, ["--max-steps", 60, "--ckpt-freq", 60]
+        else:  # some rows are enough for a few steps, and are fast to evaluate
+            text = folder / "corpus.jsonl"
+            text.write_text("\n".join(json.dumps({"text": t}) for t in source_code(100)))
+            flags += ["-d", text]
+            last = ["--max-steps", 4, "--ckpt-freq", 4, "--log-freq", 1]
+
+        def speed(stage, *more, processes=1, batch=batch):
+            rows = train(stage, *flags, *last, *more, processes=processes, batch=batch * processes)
+            return statistics.median([row["tokens_per_s"] for row in rows.values()][1:])
+
+        other = "--no-compile" if ON_GPU else "--compile"
+        variants = {
+            "stage 01": lambda: speed("01"),
+            f"stage 01 {other}": lambda: speed("01", other),
+            "stage 02, 1 process": lambda: speed("02"),
+        }
+        if ON_GPU:
+            variants["stage 01 --dtype fp32"] = lambda: speed("01", "--dtype", "fp32")
+            for size in (8, 16, 64):
+                variants[f"stage 01 -b {size}"] = lambda size=size: speed("01", batch=size)
+            for n in range(2, torch.cuda.device_count() + 1):
+                several = partial(speed, "02", processes=n)
+                variants[f"stage 02, {n} GPUs, each"] = lambda n=n, f=several: f() / n
+        found = ratios(in_turn(variants, rounds), "stage 01", "tokens/s")
+        for name, row in found["table"].items():
+            row["mfu"] = row["median"] * operations / peak
+            print(f"{name:<34} {row['mfu']:>6.1%} MFU")
+
+        # What a checkpoint and an evaluation cost.
+        more = ["-b", batch, "-e", "run", "--save-dir", folder]
+        stops = python(STOPWATCH, *flags, *last, *more, folder=ROOT / FOLDERS["01"])
+        size = (folder / "run" / "checkpoint.pt").stat().st_size
+        print(f"evaluation {stops[0]:.2f} s, checkpoint of {size / 1e9:.2f} GB {stops[1]:.2f} s")
+    found |= {"operations per token": operations, "peak": peak, "matmul": measured}
+    return found | {"seconds per evaluation": stops[0], "seconds per checkpoint": stops[1]}
+
+
 def spans(path):
     """Return what happens in the fourth of the profiled steps: [{name, from, to}], in us."""
     trace = json.loads(path.read_text())
@@ -555,8 +638,9 @@ def spans(path):
     return [*found, {"name": "backward", **ends}]
 
 
-SECTIONS = [curves, ceiling, scaling, options, data, start, saving, memory, links, timeline]
-SEVERAL = ["curves", "scaling", "options", "timeline"]  # sections with more than one rank
+SECTIONS = [curves, ceiling, scaling, options, data, start, saving, memory, links, timeline, gpt2]
+ONCE = ["curves", "memory", "links", "timeline"]  # sections in which no round is needed
+ON_CPU = ["curves", "scaling", "options", "links", "timeline"]  # sections with more than one rank
 
 
 def where():
@@ -591,13 +675,14 @@ def main():
         os.environ["HF_HOME"] = cache  # before datasets is imported
         for name in args.sections or known:
             print(f"\n{name}: {known[name].__doc__.splitlines()[0]}", flush=True)
-            if name == "curves" or name in SEVERAL and torch.cuda.device_count() < 2:
+            if name in ON_CPU:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
             elif gpus is None:
                 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
             else:
                 os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-            line = f"python tests/benchmark.py {name} --rounds {args.rounds}"
+            line = f"python tests/benchmark.py {name}"
+            line += "" if name in ONCE else f" --rounds {args.rounds}"
             found = {"command": line, "where": where()} | known[name](args.rounds)
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             results[name] = found

@@ -284,6 +284,7 @@ NODE_0 = "--nnodes 2 --node-rank 0"
 BAD = [
     ("--nnodes 2 --master-addr 10.1.1.1", {}, "--nnodes 2: say --node-rank too"),
     (NODE_0, {}, "--nnodes 2: say --master-addr too"),
+    (f"{NODE_0} --master-addr=", {}, "--nnodes 2: say --master-addr too"),  # "$NOT_SET"
     ("--nnodes 2 --node-rank 2", {}, "--node-rank 2: the nodes of --nnodes 2 are 0 to 1"),
     ("--node-rank -1", {}, "--node-rank -1: the nodes of --nnodes 1 are 0 to 0"),
     ("--nnodes 2", SLURM | {"SLURM_NODEID": 1}, "--nnodes is 2, but SLURM_STEP_NUM_NODES says 3"),

@@ -87,8 +87,16 @@ def start(folder):
     return "\n".join([*head, *rows_of(found), "", line])
 
 
+def gpt2(folder):
+    found, line = measured("gpt2")
+    lines = ["| GPT-2, rows of 1024 tokens | tokens/s | of stage 01 | MFU |", "|---|---|---|---|"]
+    for row, values in zip(rows_of(found), found["table"].values(), strict=True):
+        lines.append(f"{row} {values['mfu']:.0%} |")
+    return "\n".join([*lines, "", line])
+
+
 PARTS = {"flags": flags, "diff": diff, "ceiling": ceiling, "scaling": scaling}
-PARTS |= {"links": links, "start": start}
+PARTS |= {"links": links, "start": start, "gpt2": gpt2}
 
 
 def main():
