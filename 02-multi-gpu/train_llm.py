@@ -83,8 +83,7 @@ def main():
     if args.prepare_only:
         build_model(args, config)  # with --pretrained this downloads the weights
         log.info("everything is in the cache: run again without --prepare-only")
-        dist.barrier()  # rank 0 may be the one that serves the store: it must not leave first
-        dist.destroy_process_group()
+        end_process_group()  # rank 0 may be the one that serves the store: it must not leave first
         return
     epoch_steps = len(train_data) // args.global_batch_size
     epoch_samples = epoch_steps * args.global_batch_size
@@ -228,8 +227,7 @@ def main():
                 profiler.step()
             if step == total_steps:
                 break
-    dist.barrier()  # if rank 0 could not save the last step, no rank ends well
-    dist.destroy_process_group()
+    end_process_group()  # if rank 0 could not save the last step, no rank ends well
     progress.close()
     wandb_run.finish()
 
@@ -262,6 +260,15 @@ def start_process_group(on_gpu):
     else:
         dist.init_process_group("gloo")
     return rank, world_size
+
+
+def end_process_group():
+    """Leave the process group, when all ranks have come here."""
+    # Kept until the process ends. DDP holds the group too, and as the last to let go of it would
+    # wait for gloo's threads, which may wait for Python's lock, which DDP then holds: forever.
+    end_process_group.group = dist.group.WORLD
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def load_tokenizer_and_config(args):

@@ -91,8 +91,7 @@ def main():
     if args.prepare_only:
         build_model(args, config)  # with --pretrained this downloads the weights
         log.info("everything is in the cache: run again without --prepare-only")
-        dist.barrier()  # rank 0 may be the one that serves the store: it must not leave first
-        dist.destroy_process_group()
+        end_process_group()  # rank 0 may be the one that serves the store: it must not leave first
         return
     epoch_steps = len(train_data) // args.global_batch_size
     epoch_samples = epoch_steps * args.global_batch_size
@@ -250,8 +249,7 @@ def main():
                 profiler.step()
             if step == total_steps:
                 break
-    dist.barrier()  # if rank 0 could not save the last step, no rank ends well
-    dist.destroy_process_group()
+    end_process_group()  # if rank 0 could not save the last step, no rank ends well
     progress.close()
     wandb_run.finish()
 
@@ -291,6 +289,15 @@ def start_process_group(on_gpu, timeout):
     return rank, world_size
 
 
+def end_process_group():
+    """Leave the process group, when all ranks have come here."""
+    # Kept until the process ends. DDP holds the group too, and as the last to let go of it would
+    # wait for gloo's threads, which may wait for Python's lock, which DDP then holds: forever.
+    end_process_group.group = dist.group.WORLD
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def what_must_be_equal(args):
     """Return {name: value} of what decides the training: flags, script and versions."""
     facts = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
@@ -327,8 +334,7 @@ def check_agreement(facts, only_warn=()):
 def stop_all_ranks(number, step, wandb_run):
     """Exit on all ranks after a step at which rank 0 has saved."""
     log.info(f"stopped by {signal.Signals(number).name} after step {step}; with -e it is saved")
-    dist.barrier()  # the end of one rank makes torchrun end the others: wait for rank 0's save
-    dist.destroy_process_group()
+    end_process_group()  # the end of one makes torchrun end the others: wait for rank 0's save
     with suppress(ConnectionError):
         wandb_run.finish()
     # SIGUSR1 is a scheduler's warning, and was heeded: success. After SIGTERM, torchrun must not

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from stages import (
+    FOLDERS,
     ROOT,
     STEPS,
     command,
@@ -170,6 +171,41 @@ def test_each_rank_has_its_own_dropout_and_wandb_run(flags, dropout_model, tmp_p
     texts = [file.read_bytes() for file in files]
     assert len(files) == 2
     assert all(any(f"run-rank{rank}".encode() in text for text in texts) for rank in range(2))
+
+
+# Two ranks meet, train a step and part, again and again.
+MEETINGS = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from train_llm import end_process_group
+rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
+def meet(number):
+    meeting = dist.PrefixStore(str(number), store)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2)
+    model = DDP(torch.nn.Linear(64, 64))
+    model(torch.randn(4, 64)).sum().backward()
+    dist.all_gather_object([None] * 2, torch.get_rng_state())
+    end_process_group()
+for number in range(200):
+    meet(number)
+"""
+
+
+def test_no_rank_hangs_when_the_group_ends(tmp_path):
+    """When DDP was the last to hold the process group, one of a hundred endings hung."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETINGS, str(rank), str(tmp_path / "store")],
+            cwd=ROOT / FOLDERS["02"],
+            env=environment(),
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(100) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_compiled_follows_the_same_curve(flags, alone, tmp_path):
