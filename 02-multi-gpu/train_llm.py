@@ -83,7 +83,7 @@ def main():
     if args.prepare_only:
         build_model(args, config)  # with --pretrained this downloads the weights
         log.info("everything is in the cache: run again without --prepare-only")
-        end_process_group()  # rank 0 may be the one that serves the store: it must not leave first
+        end_process_group()  # the store may end with rank 0 while others still ask it: wait
         return
     epoch_steps = len(train_data) // args.global_batch_size
     epoch_samples = epoch_steps * args.global_batch_size
@@ -264,7 +264,7 @@ def start_process_group(on_gpu):
 
 def end_process_group():
     """Leave the process group, when all ranks have come here."""
-    # Kept until the process ends. DDP holds the group too, and as the last to let go of it would
+    # Kept until the process ends. DDP refers to the group too, and as the last to let go of it would
     # wait for gloo's threads, which may wait for Python's lock, which DDP then holds: forever.
     end_process_group.group = dist.group.WORLD
     dist.barrier()

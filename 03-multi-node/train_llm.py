@@ -91,7 +91,7 @@ def main():
     if args.prepare_only:
         build_model(args, config)  # with --pretrained this downloads the weights
         log.info("everything is in the cache: run again without --prepare-only")
-        end_process_group()  # rank 0 may be the one that serves the store: it must not leave first
+        end_process_group()  # the store may end with rank 0 while others still ask it: wait
         return
     epoch_steps = len(train_data) // args.global_batch_size
     epoch_samples = epoch_steps * args.global_batch_size
@@ -291,7 +291,7 @@ def start_process_group(on_gpu, timeout):
 
 def end_process_group():
     """Leave the process group, when all ranks have come here."""
-    # Kept until the process ends. DDP holds the group too, and as the last to let go of it would
+    # Kept until the process ends. DDP refers to the group too, and as the last to let go of it would
     # wait for gloo's threads, which may wait for Python's lock, which DDP then holds: forever.
     end_process_group.group = dist.group.WORLD
     dist.barrier()
@@ -334,10 +334,10 @@ def check_agreement(facts, only_warn=()):
 def stop_all_ranks(number, step, wandb_run):
     """Exit on all ranks after a step at which rank 0 has saved."""
     log.info(f"stopped by {signal.Signals(number).name} after step {step}; with -e it is saved")
-    end_process_group()  # the end of one makes torchrun end the others: wait for rank 0's save
+    end_process_group()  # the launcher ends all as soon as one ends: wait for rank 0's save
     with suppress(ConnectionError):
         wandb_run.finish()
-    # SIGUSR1 is a scheduler's warning, and was heeded: success. After SIGTERM, torchrun must not
+    # SIGUSR1 is a scheduler's warning, and was heeded: success. After SIGTERM, the launcher must not
     # take the end of its processes for the end of the training.
     sys.exit(0 if number == signal.SIGUSR1 else 128 + number)
 
