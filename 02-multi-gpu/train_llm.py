@@ -264,8 +264,8 @@ def start_process_group(on_gpu):
 
 def end_process_group():
     """Leave the process group, when all ranks have come here."""
-    # Kept until the process ends. DDP refers to the group too, and as the last to let go of it would
-    # wait for gloo's threads, which may wait for Python's lock, which DDP then holds: forever.
+    # Kept until the process ends. DDP refers to the group too, and as the last to do so would wait
+    # for gloo's threads, which may wait for Python's lock, which DDP then holds: forever.
     end_process_group.group = dist.group.WORLD
     dist.barrier()
     dist.destroy_process_group()

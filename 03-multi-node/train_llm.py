@@ -291,8 +291,8 @@ def start_process_group(on_gpu, timeout):
 
 def end_process_group():
     """Leave the process group, when all ranks have come here."""
-    # Kept until the process ends. DDP refers to the group too, and as the last to let go of it would
-    # wait for gloo's threads, which may wait for Python's lock, which DDP then holds: forever.
+    # Kept until the process ends. DDP refers to the group too, and as the last to do so would wait
+    # for gloo's threads, which may wait for Python's lock, which DDP then holds: forever.
     end_process_group.group = dist.group.WORLD
     dist.barrier()
     dist.destroy_process_group()
@@ -337,7 +337,7 @@ def stop_all_ranks(number, step, wandb_run):
     end_process_group()  # the launcher ends all as soon as one ends: wait for rank 0's save
     with suppress(ConnectionError):
         wandb_run.finish()
-    # SIGUSR1 is a scheduler's warning, and was heeded: success. After SIGTERM, the launcher must not
+    # SIGUSR1 is a scheduler's warning, and was heeded: success. After SIGTERM the launcher must not
     # take the end of its processes for the end of the training.
     sys.exit(0 if number == signal.SIGUSR1 else 128 + number)
 
