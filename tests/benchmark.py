@@ -30,10 +30,10 @@ from stages import FOLDERS, ROOT, command, environment, metrics, weights, worst_
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
 RESULTS = ROOT / "tests" / "results.json"
-CORES = len(os.sched_getaffinity(0))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ON_GPU = torch.cuda.is_available()
 GLOBAL_BATCH, SEQ_LENGTH = 8, 128  # the built-in defaults
-# Operations/s of dense bf16 products, by the data sheets of the SXM versions.
+# Operations/s in bf16, without sparsity, by the data sheets of the SXM versions.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 BARE_LOOP = """
@@ -132,24 +132,41 @@ print(parameters, activations, peak() - before)
 """
 
 
+# A large matrix product, in the type that autocast would use: its operations/s.
+MATMUL = """
+import statistics, time, torch
+on_gpu = torch.cuda.is_available()
+bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+size, device = 8192 if on_gpu else 4096, "cuda" if on_gpu else "cpu"
+matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+seconds = []
+for _ in range(10):
+    start = time.perf_counter()
+    (matrix @ matrix)[0, 0].item()  # waits for the GPU
+    seconds.append(time.perf_counter() - start)
+print(2 * size**3 / statistics.median(seconds))
+"""
+
+
 def real_environment(**extra):
-    """Return the environment of a run with wandb, and with the GPUs that there are."""
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return environment(**{"WANDB_MODE": None, "CUDA_VISIBLE_DEVICES": gpus} | extra)
+    """Return the environment of a reader: with wandb, GPUs and Python's own garbage collection."""
+    as_is = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "PYTHONPATH")}
+    return environment(**{"WANDB_MODE": "offline"} | as_is | extra)
+
+
+def finished(line, env, folder=None):
+    """Run a command to its end; return its output, or raise with the end of what it said."""
+    done = subprocess.run([*map(str, line)], env=env, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{line} failed: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 def python(code, *arguments, folder=None, **env):
     """Run code in a new process; return the numbers that it prints in its last line."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=real_environment(OMP_NUM_THREADS=CORES, **env),
-        cwd=folder,
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    return [float(word) for word in done.stdout.splitlines()[-1].split()]
+    env = real_environment(OMP_NUM_THREADS=CORES, **env)
+    output = finished([sys.executable, "-c", code, *arguments], env, folder)
+    return [float(word) for word in output.splitlines()[-1].split()]
 
 
 def train(stage, *flags, processes=1, batch=GLOBAL_BATCH, hosts=None):
@@ -163,8 +180,7 @@ def train(stage, *flags, processes=1, batch=GLOBAL_BATCH, hosts=None):
             for output in finish(*hosts.both(*more, **env), timeout=1200):
                 assert "Error" not in output, output
         else:
-            line = command(stage, *more, processes=processes)
-            subprocess.run(line, env=real_environment(**env), check=True, capture_output=True)
+            finished(command(stage, *more, processes=processes), real_environment(**env))
         return metrics(folder / "run")
 
 
@@ -390,8 +406,7 @@ def start(rounds):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         flags = ["--save-dir", folder]
-        line = command("01", *flags, "-e", "old", "--max-steps", 1)
-        subprocess.run(line, env=real_environment(), check=True, capture_output=True)
+        finished(command("01", *flags, "-e", "old", "--max-steps", 1), real_environment())
         flags += ["--max-steps", 110_000]
         path = folder / "old" / "checkpoint.pt"
         checkpoint = torch.load(path)
@@ -472,6 +487,9 @@ def links(rounds):
     A ring all-reduce over n ranks sends 2 (n - 1) / n times the gradients' bytes from each: with
     two ranks, once.
     """
+    if why_not():
+        print(f"left out: {why_not()}")
+        return None
     limits = {"no limit": 0, "1gbit": 1e9, "100mbit": 100e6, "10mbit": 10e6}
     table = []
     with tempfile.TemporaryDirectory() as folder:
@@ -519,8 +537,7 @@ def timeline(rounds):
         text.write_text("\n".join(json.dumps({"text": t}) for t in source_code(100)))
         flags = ["-m", model, "-d", text, "-e", "run", "--save-dir", folder, "-b", 16]
         flags += ["--max-steps", 12, "--log-freq", 100, "--ckpt-freq", 100, "--profile"]
-        line = command("02", *flags, processes=2)
-        subprocess.run(line, env=real_environment(), check=True, capture_output=True)
+        finished(command("02", *flags, processes=2), real_environment())
         ranks = [spans(folder / "run" / f"trace-rank{rank}.json") for rank in range(2)]
     begin = min(span["from"] for rank in ranks for span in rank)
     for number, rank in enumerate(ranks):
@@ -529,19 +546,6 @@ def timeline(rounds):
             where = f"{span['from'] / 1e3:>8.1f} to {span['to'] / 1e3:>8.1f} ms"
             print(f"rank {number}  {span['name']:<11} {where}")
     return {"ranks": ranks}
-
-
-def matmul_speed():
-    """Return the operations/s of a large matrix product, in the type that autocast would use."""
-    device, dtype = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
-    size = 8192 if ON_GPU else 4096
-    matrix, seconds = torch.randn(size, size, device=device, dtype=dtype), []
-    for _ in range(10):
-        start = time.perf_counter()
-        product = matrix @ matrix
-        product[0, 0].item()  # waits for the GPU
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
 
 
 def gpt2(rounds):
@@ -558,30 +562,45 @@ def gpt2(rounds):
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     length = config.n_positions
     operations = 6 * weights + 12 * config.n_layer * config.n_embd * length
-    measured = matmul_speed()
+    (peak,) = python(MATMUL)
+    source = "measured in a large matrix product"
     name = torch.cuda.get_device_name() if ON_GPU else ""
-    peak = next((speed for gpu, speed in PEAKS.items() if gpu in name), measured)
+    for gpu, speed in PEAKS.items():
+        if re.search(rf"\b{gpu}\b", name) and not re.search("PCIe|NVL|MIG", name):
+            peak, source = speed, "by the data sheet, bf16"
     print(
         f"{operations / 1e6:,.0f} million operations a token; peak {peak / 1e12:,.2f} TFLOP/s, "
-        f"in a large matrix product {measured / 1e12:,.2f}"
+        f"{source}"
     )
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         config.save_pretrained(folder / "gpt2")
         ByT5Tokenizer().save_pretrained(folder / "gpt2")
-        flags, batch = ["-m", folder / "gpt2"], 1
-        if ON_GPU:
-            batch, last = 32, ["--max-steps", 60, "--ckpt-freq", 60]
-        else:  # some rows are enough for a few steps, and are fast to evaluate
+        flags, last = ["-m", folder / "gpt2"], ["--max-steps", 60, "--ckpt-freq", 60]
+        if not ON_GPU:  # some rows are enough for a few steps, and are fast to evaluate
             text = folder / "corpus.jsonl"
             text.write_text("\n".join(json.dumps({"text": t}) for t in source_code(100)))
             flags += ["-d", text]
             last = ["--max-steps", 4, "--ckpt-freq", 4, "--log-freq", 1]
 
-        def speed(stage, *more, processes=1, batch=batch):
-            rows = train(stage, *flags, *last, *more, processes=processes, batch=batch * processes)
+        def speed(stage, *more, processes=1):
+            more = [*flags, *last, *more]
+            try:
+                rows = train(stage, *more, processes=processes, batch=batch * processes)
+            except RuntimeError as error:
+                if not re.search("out of (GPU )?memory", str(error)):
+                    raise
+                return 0
             return statistics.median([row["tokens_per_s"] for row in rows.values()][1:])
+
+        batch, speeds = 1, {}
+        for batch in (4, 8, 16, 32, 64) if ON_GPU else ():
+            speeds[batch] = speed("01")
+            print(f"batch size {batch}: {speeds[batch]:,.0f} tokens/s", flush=True)
+        batch = max(speeds, key=speeds.get, default=1)
+        if speeds and not speeds[batch]:
+            sys.exit("error: gpt2: this GPU's memory is too small")
 
         other = "--no-compile" if ON_GPU else "--compile"
         variants = {
@@ -589,14 +608,13 @@ def gpt2(rounds):
             f"stage 01 {other}": lambda: speed("01", other),
             "stage 02, 1 process": lambda: speed("02"),
         }
-        if ON_GPU:
-            variants["stage 01 --dtype fp32"] = lambda: speed("01", "--dtype", "fp32")
-            for size in (8, 16, 64):
-                variants[f"stage 01 -b {size}"] = lambda size=size: speed("01", batch=size)
-            for n in range(2, torch.cuda.device_count() + 1):
-                several = partial(speed, "02", processes=n)
-                variants[f"stage 02, {n} GPUs, each"] = lambda n=n, f=several: f() / n
-        found = ratios(in_turn(variants, rounds), "stage 01", "tokens/s")
+        for n in (2, 4, 8):
+            if n <= torch.cuda.device_count():
+                each = partial(lambda n: speed("02", processes=n) / n, n)
+                variants[f"stage 02, {n} GPUs, each"] = each
+        values = in_turn(variants, rounds)
+        values = {name: got for name, got in values.items() if all(got)}  # what did fit
+        found = ratios(values, "stage 01", "tokens/s")
         for name, row in found["table"].items():
             row["mfu"] = row["median"] * operations / peak
             print(f"{name:<34} {row['mfu']:>6.1%} MFU")
@@ -606,7 +624,8 @@ def gpt2(rounds):
         stops = python(STOPWATCH, *flags, *last, *more, folder=ROOT / FOLDERS["01"])
         size = (folder / "run" / "checkpoint.pt").stat().st_size
         print(f"evaluation {stops[0]:.2f} s, checkpoint of {size / 1e9:.2f} GB {stops[1]:.2f} s")
-    found |= {"operations per token": operations, "peak": peak, "matmul": measured}
+    found |= {"operations per token": operations, "peak": peak, "peak is": source}
+    found |= {"batch": batch, "by batch": speeds, "checkpoint bytes": size}
     return found | {"seconds per evaluation": stops[0], "seconds per checkpoint": stops[1]}
 
 
@@ -643,11 +662,10 @@ ONCE = ["curves", "memory", "links", "timeline"]  # sections in which no round i
 ON_CPU = ["curves", "scaling", "options", "links", "timeline"]  # sections with more than one rank
 
 
-def where():
+def where(section):
     """Return hardware, versions and commit."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cpu = named[1] if named else platform.machine()
     commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "*.py"])
     commit, changed = (
         subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout
@@ -656,7 +674,7 @@ def where():
     commit = commit.strip() + ("-dirty" if changed.strip() else "")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = {"cores": CORES, "cpu": cpu}
-    if ON_GPU:
+    if ON_GPU and section not in ON_CPU:
         device |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     return device | versions | {"python": platform.python_version(), "commit": commit}
 
@@ -667,6 +685,10 @@ def main():
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(known))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: must be at least 1")
+    if not Path("/proc/cpuinfo").exists():
+        sys.exit("error: this needs Linux: it finds the processes that it measures in /proc")
     for name in args.sections:
         if name not in known:
             parser.error(f"{name}: no such section; there are {', '.join(known)}")
@@ -683,7 +705,9 @@ def main():
                 os.environ["CUDA_VISIBLE_DEVICES"] = gpus
             line = f"python tests/benchmark.py {name}"
             line += "" if name in ONCE else f" --rounds {args.rounds}"
-            found = {"command": line, "where": where()} | known[name](args.rounds)
+            if (found := known[name](args.rounds)) is None:
+                continue
+            found = {"command": line, "where": where(name)} | found
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             results[name] = found
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -212,12 +212,14 @@ def links(found):
 
 
 def main():
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    sections = {curves: "curves", checkpoint: "saving", timeline: "timeline", links: "links"}
     for picture in (stages_map, ranks, curves, checkpoint, timeline, links):
-        names = {"checkpoint": "saving"}
-        name = picture.__name__
-        data = results.get(names.get(name, name))
-        path = picture(data) if data else picture()
+        section = sections.get(picture)
+        if section and section not in results:
+            print(f"{section} was not measured: run python tests/benchmark.py {section}")
+            continue
+        path = picture(results[section]) if section else picture()
         plt.savefig(ROOT / path, metadata={"Date": None})
         plt.close("all")
         print(path)

@@ -34,7 +34,10 @@ def diff(folder):
 
 def measured(section):
     """Return a section of results.json, and a line that says how and where it was measured."""
-    found = json.loads((ROOT / "tests" / "results.json").read_text())[section]
+    results = ROOT / "tests" / "results.json"
+    found = json.loads(results.read_text()).get(section) if results.exists() else None
+    if found is None:
+        sys.exit(f"error: {results} has no {section}: run python tests/benchmark.py {section}")
     at = found["where"]
     device = f"{at['cores']} cores of {at['cpu']}" + (f", {at['gpu']}" if "gpu" in at else "")
     versions = f"torch {at['torch']}, transformers {at['transformers']}, Python {at['python']}"
@@ -92,7 +95,10 @@ def gpt2(folder):
     lines = ["| GPT-2, rows of 1024 tokens | tokens/s | of stage 01 | MFU |", "|---|---|---|---|"]
     for row, values in zip(rows_of(found), found["table"].values(), strict=True):
         lines.append(f"{row} {values['mfu']:.0%} |")
-    return "\n".join([*lines, "", line])
+    peak = f"{found['peak'] / 1e12:.3g} TFLOP/s, {found['peak is']}"
+    stop, size = found["seconds per checkpoint"], found["checkpoint bytes"] / 1e9
+    more = f"Batch size {found['batch']}; the peak is {peak}; a checkpoint of {size:.2f} GB takes "
+    return "\n".join([*lines, "", f"{more}{stop:.1f} s.", line])
 
 
 PARTS = {"flags": flags, "diff": diff, "ceiling": ceiling, "scaling": scaling}
