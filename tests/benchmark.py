@@ -88,6 +88,7 @@ def save_model(*args):
     spent["to"] = time.perf_counter()
     end(*args)
 train_llm.start_wandb, train_llm.save_model = start_wandb, save_model
+train_llm.print_sample = lambda *args: None
 train_llm.main()
 print(spent["evaluate"], spent["save_checkpoint"], spent["to"] - spent["from"])
 """
@@ -187,8 +188,8 @@ def train(stage, *flags, processes=1, batch=GLOBAL_BATCH, hosts=None):
 class Training:
     """A training that is stopped most of the time."""
 
-    def __init__(self, folder, stage, *flags, processes=1, batch=GLOBAL_BATCH):
-        """Start a stage, or the bare loop (stage None); stop it after 20 steps."""
+    def __init__(self, folder, stage, *flags, processes=1, batch=GLOBAL_BATCH, steps=20):
+        """Start a stage, or the bare loop (stage None); stop it after some steps."""
         self.folder, self.batch = folder, batch
         self.log = folder / "run" / "metrics.jsonl"
         self.log.parent.mkdir(parents=True)
@@ -202,7 +203,7 @@ class Training:
         with open(folder / "output", "w") as output:
             quiet = {"stdout": output, "stderr": output}
             self.process = subprocess.Popen([*map(str, line)], env=env, **quiet)
-        while self.last_step()[0] < 20:
+        while self.last_step()[0] < steps:
             assert self.process.poll() is None, (folder / "output").read_text()
             time.sleep(0.1)
         self.signal(signal.SIGSTOP)
@@ -565,9 +566,9 @@ def gpt2(rounds):
     (peak,) = python(MATMUL)
     source = "measured in a large matrix product"
     name = torch.cuda.get_device_name() if ON_GPU else ""
-    for gpu, speed in PEAKS.items():
+    for gpu, sheet in PEAKS.items():
         if re.search(rf"\b{gpu}\b", name) and not re.search("PCIe|NVL|MIG", name):
-            peak, source = speed, "by the data sheet, bf16"
+            peak, source = sheet, "by the data sheet, bf16"
     print(
         f"{operations / 1e6:,.0f} million operations a token; peak {peak / 1e12:,.2f} TFLOP/s, "
         f"{source}"
@@ -577,22 +578,26 @@ def gpt2(rounds):
         folder = Path(folder)
         config.save_pretrained(folder / "gpt2")
         ByT5Tokenizer().save_pretrained(folder / "gpt2")
-        flags, last = ["-m", folder / "gpt2"], ["--max-steps", 60, "--ckpt-freq", 60]
-        if not ON_GPU:  # some rows are enough for a few steps, and are fast to evaluate
+        flags, steps = ["-m", folder / "gpt2"], 60
+        if not ON_GPU:  # some rows are enough for a few steps
             text = folder / "corpus.jsonl"
             text.write_text("\n".join(json.dumps({"text": t}) for t in source_code(100)))
-            flags += ["-d", text]
-            last = ["--max-steps", 4, "--ckpt-freq", 4, "--log-freq", 1]
+            flags, steps = [*flags, "-d", text, "--log-freq", 1], 4
+
+        numbers = iter(range(1000))
 
         def speed(stage, *more, processes=1):
-            more = [*flags, *last, *more]
+            at, options = folder / str(next(numbers)), {"processes": processes, "steps": steps}
             try:
-                rows = train(stage, *more, processes=processes, batch=batch * processes)
-            except RuntimeError as error:
+                run = Training(at, stage, *flags, *more, batch=batch * processes, **options)
+            except AssertionError as error:
                 if not re.search("out of (GPU )?memory", str(error)):
                     raise
                 return 0
-            return statistics.median([row["tokens_per_s"] for row in rows.values()][1:])
+            run.signal(signal.SIGKILL)
+            run.process.wait()
+            rows = metrics(at / "run").values()
+            return statistics.median([row["tokens_per_s"] for row in rows][1:])
 
         batch, speeds = 1, {}
         for batch in (4, 8, 16, 32, 64) if ON_GPU else ():
@@ -620,8 +625,8 @@ def gpt2(rounds):
             print(f"{name:<34} {row['mfu']:>6.1%} MFU")
 
         # What a checkpoint and an evaluation cost.
-        more = ["-b", batch, "-e", "run", "--save-dir", folder]
-        stops = python(STOPWATCH, *flags, *last, *more, folder=ROOT / FOLDERS["01"])
+        more = ["-b", batch, "-e", "run", "--save-dir", folder, "--max-steps", 2]
+        stops = python(STOPWATCH, *flags, *more, folder=ROOT / FOLDERS["01"])
         size = (folder / "run" / "checkpoint.pt").stat().st_size
         print(f"evaluation {stops[0]:.2f} s, checkpoint of {size / 1e9:.2f} GB {stops[1]:.2f} s")
     found |= {"operations per token": operations, "peak": peak, "peak is": source}
