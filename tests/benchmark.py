@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -230,6 +229,10 @@ class Training:
         self.signal(signal.SIGSTOP)
         self.awake.append((start, time.time()))
 
+    def end(self):
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
     def speed(self):
         """Return tokens/s since the last call, in the time that it was awake."""
         (first, begin), (last, end) = self.measured_from, self.last_step()
@@ -260,8 +263,7 @@ def in_slices(variants, rounds, rotations=12):
                 print(f"round {number + 1}: {line}", flush=True)
         finally:
             for run in runs.values():
-                run.signal(signal.SIGKILL)
-                run.process.wait()
+                run.end()
     return values
 
 
@@ -325,13 +327,15 @@ def ceiling(rounds):
 
 
 def scaling(rounds):
-    """Two processes with half the threads each, against one process with all."""
+    """2, 4, ... processes that share out the cores, against one process with all of them."""
     tables = {}
     for batch in (8, 32):
         variants = {"stage 01": (("01",), {"batch": batch})}
         for s in ("02", "03", "04"):
-            options = {"batch": batch, "processes": 2}
-            variants[f"stage {s}, 2 processes"] = ((s,), options)
+            for count in (2, 4, 8):
+                if count <= max(2, CORES):
+                    options = {"batch": batch, "processes": count}
+                    variants[f"stage {s}, {count} processes"] = ((s,), options)
         print(f"global batch {batch}")
         values = in_slices(variants, rounds, rotations=8 if batch == 8 else 16)
         tables[f"global batch {batch}"] = ratios(values, "stage 01", "tokens/s")
@@ -596,8 +600,7 @@ def gpt2(rounds):
                 if not re.search("out of (GPU )?memory", str(error)):
                     raise
                 return 0
-            run.signal(signal.SIGKILL)
-            run.process.wait()
+            run.end()
             rows = metrics(at / "run").values()
             return statistics.median([row["tokens_per_s"] for row in rows][1:])
 
@@ -617,8 +620,7 @@ def gpt2(rounds):
         }
         for n in (2, 4, 8):
             if n <= torch.cuda.device_count():
-                each = partial(lambda n: speed("02", processes=n) / n, n)
-                variants[f"stage 02, {n} GPUs, each"] = each
+                variants[f"stage 02, {n} GPUs, each"] = lambda n=n: speed("02", processes=n) / n
         values = in_turn(variants, rounds)
         values = {name: got for name, got in values.items() if all(got)}  # what did fit
         found = ratios(values, "stage 01", "tokens/s")
