@@ -272,7 +272,7 @@ def load_documents(name, subset):
         files = [Path(f) for f in [name, *glob(f"{escape(name)}/**", recursive=True)]]
     else:
         return load_dataset(name, subset, split="train")
-    files = sorted(f for f in files if f.is_file())
+    files = sorted({f for f in files if f.is_file()})
     for suffix, kind in {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.items():
         if tables := [str(f) for f in files if f.suffix == suffix]:
             return load_dataset(kind, data_files=tables, split="train")
