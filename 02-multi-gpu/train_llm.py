@@ -144,7 +144,7 @@ def main(args):
     )
     if args.profile:  # five steps; https://ui.perfetto.dev opens the file
         schedule = torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1)
-        write = torch.profiler.tensorboard_trace_handler(run_dir)
+        write = torch.profiler.tensorboard_trace_handler(run_dir, f"rank{rank}")
         profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
         profiler.start()
 

@@ -64,7 +64,7 @@ for step in itertools.count(1):
 
 # Runs a stage and prints how long it trained, evaluated and saved.
 STOPWATCH = """
-import atexit, logging, sys, time
+import time
 import train_llm
 spent = {}
 def timed(name):
@@ -78,17 +78,16 @@ def timed(name):
     setattr(train_llm, name, timed_work)
 for name in ("evaluate", "save_checkpoint"):
     timed(name)
-begin, end = train_llm.start_wandb, train_llm.save_model
-def start_wandb(*args):
-    run = begin(*args)
-    spent["from"] = time.perf_counter()
-    return run
-def save_model(*args):
-    spent["to"] = time.perf_counter()
-    end(*args)
-train_llm.start_wandb, train_llm.save_model = start_wandb, save_model
+class Bar(train_llm.tqdm):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        spent["from"] = time.perf_counter()
+    def close(self):
+        super().close()
+        spent.setdefault("to", time.perf_counter())
+train_llm.tqdm = Bar
 train_llm.print_sample = lambda *args: None
-train_llm.main()
+train_llm.main(train_llm.parse_args())
 print(spent["evaluate"], spent["save_checkpoint"], spent["to"] - spent["from"])
 """
 
@@ -364,7 +363,7 @@ def data(rounds):
     sys.argv = ["train_llm.py"]
     args = train_llm.parse_args()
     args.global_batch_size = GLOBAL_BATCH
-    tokenizer, _ = train_llm.load_tokenizer_and_config(args)
+    _, tokenizer = train_llm.load_model(args)
     start = time.perf_counter()
     rows, _, _ = train_llm.load_data(args, tokenizer)
     seconds = time.perf_counter() - start
@@ -417,11 +416,12 @@ def start(rounds):
         checkpoint = torch.load(path)
         (row,) = metrics(folder / "old").values()
         checkpoint["step"] = checkpoint["scheduler"]["last_epoch"] = 100_000
-        checkpoint["samples_seen"] = 100_000 * GLOBAL_BATCH
-        torch.save(checkpoint, path)
         del row["val_loss"]
         rows = [json.dumps(row | {"step": step}) for step in range(10, 100_001, 10)]
-        (folder / "old" / "metrics.jsonl").write_text("".join(line + "\n" for line in rows))
+        text = "".join(line + "\n" for line in rows)
+        (folder / "old" / "metrics.jsonl").write_text(text)
+        checkpoint["metrics_size"] = len(text)
+        torch.save(checkpoint, path)
 
         numbers = iter(range(1000))
         variants = {
@@ -543,7 +543,7 @@ def timeline(rounds):
         flags = ["-m", model, "-d", text, "-e", "run", "--save-dir", folder, "-b", 16]
         flags += ["--max-steps", 12, "--log-freq", 100, "--ckpt-freq", 100, "--profile"]
         finished(command("02", *flags, processes=2), real_environment())
-        ranks = [spans(folder / "run" / f"trace-rank{rank}.json") for rank in range(2)]
+        ranks = [spans(next((folder / "run").glob(f"rank{rank}.*.json"))) for rank in range(2)]
     begin = min(span["from"] for rank in ranks for span in rank)
     for number, rank in enumerate(ranks):
         for span in rank:
