@@ -131,6 +131,7 @@ def main(args):
         metrics = run_dir / "metrics.jsonl"
         metrics.touch()
         os.truncate(metrics, metrics_size)  # the steps after the checkpoint come again
+    sys.excepthook = sys.__excepthook__  # torch's and wandb's would both print each traceback
     wandb_run = wandb.init(
         project="distributed-llm",
         name=f"{args.experiment_name}-rank{rank}",  # a run per rank, to see what each GPU does

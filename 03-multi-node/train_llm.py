@@ -152,6 +152,7 @@ def main(args):
         facts[started] = started.read_text() if started.exists() else "not there"
     check_agreement(facts)
 
+    sys.excepthook = sys.__excepthook__  # torch's and wandb's would both print each traceback
     wandb_run = wandb.init(
         project="distributed-llm",
         name=f"{args.experiment_name}-rank{rank}",  # a run per rank, to see what each GPU does

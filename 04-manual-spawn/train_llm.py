@@ -198,6 +198,7 @@ def main(args):
     facts["--node-rank"] = None  # the one flag that may differ
     check_agreement(facts)
 
+    sys.excepthook = sys.__excepthook__  # torch's and wandb's would both print each traceback
     wandb_run = wandb.init(
         project="distributed-llm",
         name=f"{args.experiment_name}-rank{rank}",  # a run per rank, to see what each GPU does
