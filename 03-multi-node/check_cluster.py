@@ -32,11 +32,8 @@ import torch.distributed as dist
 
 def main():
     args = parse_args()
-    if "RANK" not in os.environ:
-        line = "torchrun --standalone --nproc-per-node 2 " + " ".join(sys.argv)
-        sys.exit(f"error: start this with torchrun, one process per GPU: {line}")
     timeout = timedelta(seconds=args.timeout)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
 
     # What each rank knows by itself.
@@ -108,9 +105,8 @@ def look_around(args):
         resolves_to = None
     gpu = driver = None
     if torch.cuda.is_available():
-        count, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-        index = local_rank if count > 1 else 0
-        if index < count:
+        index = int(os.environ["LOCAL_RANK"])
+        if index < torch.cuda.device_count():
             found = torch.cuda.get_device_properties(index)
             gpu = {"index": index, "name": found.name, "uuid": str(found.uuid)}
             gpu["GB"] = round(found.total_memory / 1e9)
@@ -132,7 +128,7 @@ def look_around(args):
         "gpu": gpu,
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "datasets")},
+            **{name: version(name) for name in ("torch", "transformers", "datasets", "wandb")},
             "cuda": torch.version.cuda,
             "nccl": str(torch.cuda.nccl.version()) if gpu else None,
             "driver": driver,
@@ -195,7 +191,7 @@ def judge(reports, clocks):
             can_meet = False
         if report["gpus"] and any(r["gpu"] is None for r in local):
             line = f"{host} runs {len(local)} processes and has {report['gpus']} GPUs"
-            problems.append((line, "lower --nproc-per-node to the number of GPUs"))
+            problems.append((line, "lower --nproc-per-node, or let each process see all GPUs"))
             can_meet = False
         if report["limits"]["open files"] < 4096:
             files = report["limits"]["open files"]
@@ -223,7 +219,7 @@ def judge(reports, clocks):
     for (host, uuid), ranks in uuids.items():
         if len(ranks) > 1:
             line = f"ranks {ranks} on {host} use the same GPU {uuid}"
-            problems.append((line, "let each process see all GPUs of its job, or one of its own"))
+            problems.append((line, "let each process see all GPUs of its job, in the same order"))
             can_meet = False
     usual = statistics.median(report["compute_s"] for report in reports)
     for report in reports:
@@ -237,42 +233,39 @@ def judge(reports, clocks):
 
 def check_disk(store, name, folder):
     """Return for each rank: can all write and see what rank 0 writes, do its locks hold, a text."""
-    rank, works, locks, mark = int(os.environ["RANK"]), True, True, None
+    rank, works, locks, error, mark = int(os.environ["RANK"]), True, True, None, None
+    # A name of its own: another preflight may look at the same folder in the same moment.
+    own = folder / f".check_cluster-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own = folder / f".check_cluster-{socket.gethostname()}-{rank}"
         own.write_text("x")
-        own.unlink()
-        free = shutil.disk_usage(folder).free / 1e9
+        mark, free = own.name, shutil.disk_usage(folder).free / 1e9
         text, works = f"{free:,.1f} GB free", free >= 1
-        if rank == 0 and works:  # without a mark the others have nothing to look for
-            mark = folder / f".check_cluster-{time.time_ns()}"
-            mark.write_text("x")
-    except OSError as error:
-        text, works = f"cannot write: {error.strerror}", False
-    mark_name = exchange(store, f"{name} mark", mark and mark.name)[0]
-    if works and mark_name and not (folder / mark_name).exists():
+    except OSError as problem:
+        text, works = f"cannot write: {problem.strerror}", False
+    if rank == 0 and mark:
+        error = lock(own)
+    mark = exchange(store, f"{name} mark", mark)[0]
+    if rank > 0 and works and mark and not (folder / mark).exists():
         text, works = "not the disk of rank 0", False
-    if works and mark_name:
-        with open(folder / mark_name, "r+") as file:
-            try:  # rank 0 takes the lock and keeps it while the others try to
-                if rank == 0:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                store.set(f"{name} locked", "") if rank == 0 else store.wait([f"{name} locked"])
-                if rank > 0:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    text, locks = f"{text}; a lock that rank 0 holds is not seen", False
-            except BlockingIOError:
-                pass  # as it should be
-            except OSError as error:
-                text, locks = f"{text}; no locks on files: {error.strerror}", False
-                store.set(f"{name} locked", "")
-            seen = exchange(store, f"{name} seen", [works, locks, f"{folder}: {text}"])
-    else:
-        seen = exchange(store, f"{name} seen", [works, locks, f"{folder}: {text}"])
-    if mark:
-        mark.unlink(missing_ok=True)
+    elif rank > 0 and works and mark:
+        error = lock(folder / mark)
+        if not error:
+            text, locks = f"{text}; a lock that rank 0 holds is not seen", False
+    if error and not isinstance(error, BlockingIOError):  # which is as it should be
+        text, locks = f"{text}; no locks on files: {error.strerror}", False
+    seen = exchange(store, f"{name} seen", [works, locks, f"{folder}: {text}"])
+    with suppress(OSError):  # it may never have been made
+        own.unlink()
     return seen
+
+
+def lock(path):
+    """Lock a file until this process ends, or return the error that says why not."""
+    try:
+        fcntl.flock(os.open(path, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error
 
 
 def leave_together(store):
@@ -423,35 +416,27 @@ def show(reports, clocks, speeds, problems, notes, args):
         print(f"PROBLEM: {line}\n    cure: {cure}")
     if not problems:
         print(f"fit to train: {len(reports)} ranks on {len({r['host'] for r in reports})} hosts")
+    everything = {"ranks": reports, "clocks": clocks, "speeds": speeds}
+    everything |= {"problems": problems, "notes": notes}
+    path = args.json or args.save_dir / "check_cluster.json"
+    partial = path.with_name(f"{path.name}.{os.getpid()}")  # two preflights may write one at a time
     try:
-        with open(args.json or args.save_dir / "check_cluster.json", "w") as file:
-            everything = {"ranks": reports, "clocks": clocks, "speeds": speeds}
-            json.dump(everything | {"problems": problems, "notes": notes}, file, indent=1)
+        partial.write_text(json.dumps(everything, indent=1))
+        partial.replace(path)
     except OSError as error:
         print(f"note: no JSON file: {error}")
     sys.stdout.flush()
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]  (--help lists them)")
-    default = Path(__file__).resolve().parents[1] / "outputs"
-    add = parser.add_argument
-    # fmt: off
-    add("--save-dir", type=Path, default=default, metavar="DIR",
-        help="the --save-dir of the training; default: the folder outputs beside the stages")
-    add("--parameters", type=float, default=124e6, metavar="N",
-        help="size of the model whose gradients are to be averaged; default 124e6")
-    add("--largest", type=float, default=2**26, metavar="BYTES",
-        help="size of the largest all-reduce that is timed; default 64 MB")
-    add("--timeout", type=int, default=60, metavar="SECONDS",
-        help="how long to wait for the other ranks; default 60")
-    add("--json", type=Path, metavar="FILE", help="default: SAVE_DIR/check_cluster.json")
-    # fmt: on
-    args = parser.parse_args()
-    for name in ("timeout", "parameters", "largest"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} {getattr(args, name)}: must be more than 0")
-    return args
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, outputs = parser.add_argument, Path(__file__).resolve().parents[1] / "outputs"
+    add("--save-dir", type=Path, default=outputs, help="the --save-dir of the training")
+    add("--parameters", type=float, default=124e6, help="size of the model to be trained")
+    add("--largest", type=float, default=2**26, help="bytes of the largest all-reduce timed")
+    add("--timeout", type=int, default=60, help="seconds to wait for the other ranks")
+    add("--json", type=Path, help="the report; None: SAVE_DIR/check_cluster.json")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ def check_second_run(stage, script, flags, right, folder):
         wrong = None
     elif not resumed or sorted(resumed[0]) in map(sorted, rows[:STOP]):
         wrong = (
-            "it reads rows again that it has had: the checkpoint's samples_seen says which epoch "
-            "it is and where in it to go on."
+            "it reads rows again that it has had: step x global batch says which epoch it is and "
+            "where in it to go on."
         )
     else:
         wrong = "it reads other rows: are the epoch, and the position in it, restored?"

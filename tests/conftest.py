@@ -7,16 +7,18 @@ import signal
 
 import pytest
 from datasets import Dataset
+from hub_imitation import serve
 from material import make_model, source_code
-from stages import STEPS, environment, train
+from stages import STEPS, environment, recorded, train
 
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """A home folder without wandb's key, and a cache that all tests share."""
+    """A home folder without wandb's key, and a cache and a hub that all tests share."""
     home = tmp_path_factory.mktemp("home")
     os.environ["TEST_HOME"] = str(home)
     os.environ["HF_HOME"] = str(home / "huggingface")
+    os.environ["HF_ENDPOINT"] = serve(home / "hub").url
     os.environ |= environment()  # for the process that some runs are forked from
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` ignores it, so all would
     return home
@@ -68,10 +70,15 @@ def wide_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(model, corpus, tmp_path_factory):
-    """Stage 01's run of STEPS: the curve that all others must follow."""
+    """Stage 01's run of STEPS: the curve that all others must follow.
+
+    Beside it: its stderr, notes of the rows it read, and the same run, killed at the end of step 8.
+    """
     folder = tmp_path_factory.mktemp("alone")
-    flags = ["-m", model, "-d", corpus / "corpus.jsonl", "--save-dir", folder, "-e", "run"]
-    train("01", *flags, *STEPS, "-b", 8)
+    flags = ["-m", model, "-d", corpus / "corpus.jsonl", "--save-dir", folder, *STEPS, "-b", 8]
+    done = train("01", *flags, "-e", "run", env=recorded(folder / "notes", ALONE=1))
+    (folder / "stderr").write_text(done.stderr)
+    train("01", *flags, "-e", "half", env=recorded(folder / "half-notes", DIE=1), fails=True)
     return folder / "run"
 
 
@@ -81,13 +88,9 @@ def flags(model, corpus, tmp_path):
     return ["-m", model, "-d", corpus / "corpus.jsonl", "-b", 8, "--save-dir", tmp_path]
 
 
-@pytest.fixture
-def hub(model, corpus, tmp_path):
-    """The imitation of the hub, with tiny/gpt and tiny/corpus on it."""
-    from hub_imitation import serve
-
-    shutil.copytree(model, tmp_path / "hub/models/tiny/gpt")
-    shutil.copytree(corpus / "tables", tmp_path / "hub/datasets/tiny/corpus/data")
-    server = serve(tmp_path / "hub")
-    yield server
-    server.shutdown()
+@pytest.fixture(scope="session")
+def hub(home, alone, corpus):
+    """The hub's folder. On it are tiny/corpus and tiny/gpt, which has the weights of `alone`."""
+    shutil.copytree(alone / "model", home / "hub/models/tiny/gpt")
+    shutil.copytree(corpus / "tables", home / "hub/datasets/tiny/corpus/data")
+    return home / "hub"

@@ -1,5 +1,6 @@
 """Two hosts on this machine, by 03-multi-node/two_hosts.sh, and torchrun over both of them."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -7,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from stages import FOLDERS, ROOT, environment
+from stages import FOLDERS, ROOT, be_python, environment, forkserver
 
 TWO_HOSTS = ROOT / "03-multi-node" / "two_hosts.sh"
+REFERENCE = ROOT / "03-multi-node" / "reference.md"
 
 
 class Hosts:
@@ -38,7 +40,7 @@ class Hosts:
         with open(path, "w") as file:
             run = subprocess.Popen(
                 [TWO_HOSTS, "run", host, *map(str, words)],
-                env=environment(**{"TWO_HOSTS": self.state, "WANDB_MODE": None} | env),
+                env=environment(TWO_HOSTS=self.state, **env),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -48,15 +50,33 @@ class Hosts:
         self.runs.append(run)
         return run
 
-    def torchrun(self, host, *flags, script=None, processes=1, nnodes="2", options=(), **env):
-        """Start stage 03 (or another script) on a host with the command line of the README."""
-        line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nnodes]
-        line += ["--nproc-per-node", processes, "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+    def fork(self, host, *words, **env):
+        """Do `start(host, "python", *words)` without the time that importing the libraries takes.
+
+        Not for variables that the libraries read while they are imported.
+        """
+        path = self.folder / f"{host}-{len(self.runs)}.log"
+        first = int((self.state / host).read_text())  # the process that holds the host
+        run = Forked(first, list(map(str, words)), environment(**env), path)
+        self.runs.append(run)
+        return run
+
+    def torchrun(
+        self, host, *flags, script="03", processes=1, nnodes="2", options=(), before=None, **env
+    ):
+        """Start a stage (or another script) on a host with the command line of stage 03's README.
+
+        Forked, unless `before` is given: the words in front of the command line, maybe none.
+        """
+        line = ["-m", "torch.distributed.run", "--nnodes", nnodes, "--nproc-per-node", processes]
+        line += ["--rdzv-backend", "c10d", "--rdzv-id", "test"]
         line += [] if "--rdzv-endpoint" in options else ["--rdzv-endpoint", "node1:29500"]
-        script = script or ROOT / FOLDERS["03"] / "train_llm.py"
+        line += [*options, ROOT / FOLDERS[script] / "train_llm.py" if script in FOLDERS else script]
         # Without the variable gloo cannot start again after a failure: see stage 03's README.
         env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1} | env
-        return self.start(host, *line, *options, script, *flags, **env)
+        if before is None:
+            return self.fork(host, *line, *flags, **env)
+        return self.start(host, *before, sys.executable, *line, *flags, **env)
 
     def both(self, *flags, **options):
         return [self.torchrun(host, *flags, **options) for host in ("node1", "node2")]
@@ -65,6 +85,48 @@ class Hosts:
         self("down", check=False)
         for run in self.runs:
             run.wait(10)
+
+
+class Forked:
+    """What Hosts.fork starts: as much of a subprocess.Popen as the tests need."""
+
+    def __init__(self, host, words, env, output):
+        self.words, self.output = words, output
+        self.process = forkserver.Process(target=be_python_on, args=(host, words, env, output))
+        self.process.start()
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.words, timeout)
+        return self.poll()
+
+    def pid(self, rank=None):
+        """Return the pid, seen from here, of the script, or of one of the ranks that it started."""
+        (script,) = children(self.process.pid)
+        return script if rank is None else children(script)[rank]
+
+
+def be_python_on(host, words, env, output):
+    """Go to a host, as nsenter does, and be `python WORDS` there. host: pid of its first process"""
+    folder, libc = os.getcwd(), ctypes.CDLL(None, use_errno=True)
+    names = ["user"] * (os.geteuid() != 0) + ["net", "uts", "pid", "mnt"]
+    for file in [os.open(f"/proc/{host}/ns/{name}", os.O_RDONLY) for name in names]:
+        if libc.setns(file, 0) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+    if child := os.fork():  # in the host's process table are only the children of who enters it
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
+    os.chdir(folder)
+    be_python(words, env, (output, output))
+
+
+def children(pid):
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def finish(*runs, timeout=240):
@@ -99,8 +161,15 @@ def pid_of_rank(rank, script="train_llm.py", start="/"):
     raise AssertionError(f"no process has rank {rank}")
 
 
-def signal_rank(rank, number, start):
-    os.kill(pid_of_rank(rank, start=start), number)
+def root_cause(output):
+    """Return the last block that torchrun prints: what failed first on its node."""
+    return output.rpartition("Root Cause (first observed failure):")[2]
+
+
+def assert_seen(text, output):
+    """text is in the output, and a reader who searches for it finds it in the reference."""
+    assert text in output, output
+    assert text in REFERENCE.read_text(), f"{REFERENCE.name} lacks: {text}"
 
 
 def why_not():

@@ -1,15 +1,16 @@
 """A stand-in for OpenPBS on the two hosts of hosts.py: no package of PBS can be installed here.
 
 Jobs are real processes on both hosts, and get real signals. It does what OpenPBS 23.06 did on two
-hosts: how directives, `select` and `place` make the node file; what a job and a task of pbsdsh find
-in their environment; who hears TERM and KILL after qdel, at the walltime and at a job's end (the
-processes of the job's sessions, and not those that have left them); exit statuses. The node file
-and the copy of the script are on the first host only. pbs_tools.py holds pbsdsh and pbs_tmrsh.
+hosts in 43 jobs: how directives, `select` and `place` make the node file; what a job and a task of
+pbsdsh find in their environment, and in a home of Debian's; who hears TERM and KILL after qdel,
+qrerun, at the walltime and at a job's end (the processes of the job's sessions, and not those that
+have left them), and when; exit statuses. The node file and the copy of the script are on the first
+host only. pbs_tools.py holds pbsdsh and pbs_tmrsh.
 
 Not imitated: queues, limits, users, accounting, hooks. There is no waiting for free hosts: a job
 starts when its dependencies allow it, beside any others. stderr always joins stdout, as by -j oe.
-Of the many timings of qdel and the walltime there is one: TERM, kill_delay, KILL. The first process
-of a session is outside the hosts, so that its number can be seen from here.
+KILL came 10 to 17 s after TERM: here always after kill_delay. The first process of a session is
+outside the hosts, so that its number can be seen from here.
 """
 
 import argparse
@@ -36,12 +37,28 @@ from hosts import wait_for
 
 NODES = {"node1": {"ncpus": 8, "ngpus": 2}, "node2": {"ncpus": 8, "ngpus": 2}}
 TOOLS = Path(__file__).with_name("pbs_tools.py")
+RESOURCES = {"select", "place", "walltime", "ncpus", "ngpus", "mpiprocs", "ompthreads", "mem"}
+LATE = 18  # seconds that the end of the walltime is noticed after it
 AS_USER = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+
+# What Debian and Ubuntu put into a new home. A login shell that runs `exit` reads it, and its
+# last command fails where there is no console.
+BASH_LOGOUT = """
+if [ "$SHLVL" = 1 ]; then
+    [ -x /usr/bin/clear_console ] && /usr/bin/clear_console -q
+fi
+"""
+
+
+class Refused(Exception):
+    """What qsub says of a job that it does not take: its exit status and a line."""
 
 
 class PBS:
-    def __init__(self, hosts, kill_delay=10):
+    def __init__(self, hosts, kill_delay=17):
         self.hosts, self.kill_delay, self.closed = hosts, kill_delay, False
+        self.resources = set(RESOURCES)  # that this site knows
+        self.of_host = {}  # {host: variables that a hook of the site sets there}
         self.jobs, self.numbers, self.first = {}, count(123), []
         self.first = [pid for host in NODES for pid in self.processes(host)]  # the hosts' own
         self.home, self.bin = hosts.folder / "pbs" / "home", hosts.folder / "pbs" / "bin"
@@ -50,7 +67,8 @@ class PBS:
             folder.mkdir(parents=True)
         hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", self.mom)
         # On a real host /etc/profile.d does this; pbsdsh's tasks, without a login, do not see it.
-        (self.home / ".bash_profile").write_text(f"PATH=$PATH:{self.bin}\n")
+        (self.home / ".profile").write_text(f"PATH=$PATH:{self.bin}\n")
+        (self.home / ".bash_logout").write_text(BASH_LOGOUT)
         self.socket = tempfile.mkdtemp() + "/socket"  # its path may have 107 characters, no more
         for tool in ("pbsdsh", "pbs_tmrsh"):
             line = shlex.join([sys.executable, "-IS", str(TOOLS), self.socket, tool])
@@ -91,6 +109,10 @@ class PBS:
                 break  # a command: directives after it are comments
         options = parse([*directives, *words])  # of two the last one wins: the command line
         resources = dict(item.partition("=")[::2] for item in ",".join(options.l).split(","))
+        asked = [*resources, *re.findall(r":(\w+)=", resources.get("select", ""))]
+        for name in filter(None, asked):
+            if name not in self.resources:
+                raise Refused(187, f"qsub: Unknown resource: {name}")
         variables = dict(os.environ) if options.V else {}
         for item in re.findall(r"""(?:[^,"']|"[^"]*"|'[^']*')+""", ",".join(options.v)):
             name, _, value = item.partition("=")
@@ -107,7 +129,7 @@ class PBS:
             job.output = cwd / (options.o or f"{name}.o{number}{suffix}")
             hours, minutes, seconds = map(int, resources.get("walltime", "9:00:00").split(":"))
             job.walltime = 3600 * hours + 60 * minutes + seconds
-            job.state, job.exit_status, job.over, job.requeued = "Q", None, False, False
+            job.state, job.exit_status, job.over = "Q", None, False
             self.jobs[job.id] = job
             jobs.append(job)
             threading.Thread(target=self.run, args=[job], daemon=True).start()
@@ -120,22 +142,21 @@ class PBS:
         return job.exit_status
 
     def qdel(self, job_id):
-        """TERM to the sessions on the first host, and KILL to all of them later."""
+        """TERM to the sessions on the first host; kill_delay later KILL to all, in any case."""
         job = self.jobs[job_id]
+        job.kill = threading.Timer(self.kill_delay, self.signal, [job, signal.SIGKILL])
+        job.kill.daemon = True
+        job.kill.start()
         self.signal(job, signal.SIGTERM, only="node1")
-        last = list(job.sessions)
-        kill = threading.Timer(self.kill_delay, lambda: self.signal(job, signal.SIGKILL, last))
-        kill.daemon = True
-        kill.start()
 
     def end_of_walltime(self, job_id):
         self.jobs[job_id].over = True
         self.qdel(job_id)
 
     def qrerun(self, job_id):
-        job = self.jobs[job_id]
-        job.requeued = True
-        self.signal(job, signal.SIGKILL)
+        """What an operator may do; users are told `Unauthorized Request`."""
+        self.jobs[job_id].requeued = True
+        self.qdel(job_id)
 
     # What the daemons do.
 
@@ -151,6 +172,8 @@ class PBS:
                     return
         files = {end: self.mom / f"{job.id}.{end}" for end in ("SC", "OU", "nodes")}
         files["SC"].write_text(job.script)
+        files["SC"].chmod(0o700)
+        (self.mom / f"{job.id}.in").write_text(f"{files['SC']}\n")
         files["nodes"].write_text("".join(f"{line}\n" for line in job.lines))
         scratch = Path(self.socket).parent / job.id  # short: sockets are made in it
         scratch.mkdir()
@@ -171,15 +194,19 @@ class PBS:
         of_script = {"NCPUS": job.ncpus, "OMP_NUM_THREADS": job.ncpus}
         job.state = "R"
         while True:
-            job.sessions, job.deaf, job.requeued = [], False, False
-            with open(files["OU"], "ab") as output:
-                line = ["/bin/bash", "-l", files["SC"]]
-                script = self.spawn(job, job.lines[0], line, output, **of_script)
+            job.sessions, job.deaf, job.requeued, job.kill = [], False, False, None
+            # The session's leader is a login shell that reads the script's name as a command. The
+            # script is its child, and outlives it: the leader dies of TERM at once.
+            with open(files["OU"], "ab") as output, open(self.mom / f"{job.id}.in") as name:
+                line = ["/bin/bash", "-c", "exec -a -bash /bin/bash"]
+                leader = self.spawn(job, job.lines[0], line, output, name, **of_script)
             try:
-                status = script.wait(job.walltime)
+                status = leader.wait(job.walltime + LATE)
             except subprocess.TimeoutExpired:
                 self.end_of_walltime(job.id)
-                status = script.wait()
+                status = leader.wait()
+            if job.kill:  # the job stays until then, even if all its processes have ended
+                job.kill.join()
             if self.closed:
                 return
             self.signal(job, signal.SIGKILL)
@@ -190,16 +217,17 @@ class PBS:
         job.exit_status = -29 if job.over else 256 - status if status < 0 else status
         job.state = "F"
 
-    def spawn(self, job, host, line, output, **variables):
+    def spawn(self, job, host, line, output, stdin=subprocess.DEVNULL, **variables):
         """Start a process in a session of its own on a host, in $HOME, as a job's or a task's."""
         user = {"HOME": self.home, "USER": "user", "LOGNAME": "user", "SHELL": "/bin/bash"}
         user |= {"PATH": "/bin:/usr/bin", "PBS_NODENUM": list(NODES).index(host)}
+        user |= self.of_host.get(host, {})
         words = [f"{k}={v}" for k, v in (job.variables | user | variables).items()]
         enter = ["nsenter", "--target", self.first_process(host), *AS_USER]
         enter += ["--net", "--uts", "--mount", "--pid"]
         process = subprocess.Popen(
             [*enter, "env", "-i", f"--chdir={self.home}", *words, *map(str, line)],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=output,
             umask=0o077,

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed.run
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu", "03": "03-multi-node"}
@@ -46,43 +47,49 @@ def environment(**extra):
     return {key: str(value) for key, value in env.items() if value is not None}
 
 
-def train(stage, *flags, processes=None, torchrun=(), env=None, fails=False, timeout=180):
-    """Run a stage to its end. Return the finished process; assert that it succeeded (or failed)."""
+def train(
+    stage, *flags, processes=None, torchrun=(), env=None, fails=False, timeout=180, forked=True
+):
+    """Run a stage to its end. Return the finished process; assert that it succeeded (or failed).
+
+    forked=False: in any case as a reader does, in new processes.
+    """
     line = command(stage, *flags, processes=processes, torchrun=torchrun)
-    if stage == "01" and not env:
-        done = run_forked(line[1:], timeout)
+    env = environment(**(env or {}))
+    changed = {name for name, _ in env.items() ^ environment().items()}
+    if forked and stage != "04" and all(name.startswith(READ_LATE) for name in changed):
+        done = run_forked(line[1:], timeout, env)
     else:
         done = subprocess.run(
-            line,
-            env=environment(**(env or {})),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
+            line, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
         )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
 
 
-# Importing the libraries takes most of the tests' time. A run of stage 01 that needs no environment
-# of its own is forked from a process that has imported them, and nothing else, before.
-forkserver = multiprocessing.get_context("forkserver")
+# Importing the libraries takes most of the tests' time. So a run is forked from a process that has
+# imported them, and done nothing else, before: stage 01, or torchrun, which then forks its ranks.
+# Not if it needs a variable that the libraries read while they are imported: these they do not.
+READ_LATE = ("WANDB_", "RECORD", "ALONE", "DIE", "PYTHONPATH", "ONEDNN_")
 LIBRARIES = ["torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "datasets", "wandb"]
-forkserver.set_forkserver_preload([*LIBRARIES, "transformers.trainer_pt_utils"])
+LIBRARIES += ["transformers.optimization", "transformers.models.auto.tokenization_auto"]
+LIBRARIES += ["transformers.models.byt5.tokenization_byt5", "torch.distributed.run", "requests"]
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(LIBRARIES)
 
 
-def fork(words, outputs=(os.devnull, os.devnull)):
+def fork(words, outputs=(os.devnull, os.devnull), env=None):
     """Start a script with its flags as `python SCRIPT FLAGS` would; return the process."""
-    process = forkserver.Process(target=be_python, args=(words, environment(), outputs))
+    process = forkserver.Process(target=be_python, args=(words, env or environment(), outputs))
     process.start()
     return process
 
 
-def run_forked(words, timeout):
+def run_forked(words, timeout, env=None):
     """Run a script with its flags; return the finished process."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = fork(words, outputs)
+        process = fork(words, outputs, env)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -92,12 +99,22 @@ def run_forked(words, timeout):
 
 
 def be_python(words, env, outputs):
+    """Do what `python WORDS` does once it has imported the libraries."""
     os.environ.clear()
     os.environ.update(env)
     for number, path in enumerate(outputs, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv[:] = words
-    runpy.run_path(words[0], run_name="__main__")
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    runpy.run_path(f"{env['PYTHONPATH']}/sitecustomize.py")
+    try:
+        if words[:2] == ["-m", "torch.distributed.run"]:
+            sys.argv[:] = ["torchrun", "--run-path", "--start-method", "fork", *words[2:]]
+            torch.distributed.run.main()
+        else:
+            sys.argv[:] = words
+            runpy.run_path(words[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def recorded(folder, **env):

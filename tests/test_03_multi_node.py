@@ -12,22 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import Hosts, finish, signal_rank, wait_for, why_not
+from hosts import REFERENCE, Hosts, assert_seen, finish, pid_of_rank, root_cause, wait_for, why_not
 from stages import (
+    FOLDERS,
     ROOT,
     STEPS,
     command,
     environment,
-    error_line,
+    fork,
     metrics,
     recorded,
+    run_forked,
     same_weights,
     train,
     worst_difference,
 )
 
+FOLDER = ROOT / FOLDERS["03"]
 BIN = Path(sys.executable).parent
-README = (ROOT / "03-multi-node" / "README.md").read_text()
 REASON = why_not()
 pytestmark = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
 
@@ -53,124 +55,166 @@ def saved_step(run_dir):
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"]
 
 
-def once_saved(tmp_path, *runs):
-    """Wait until a run has a checkpoint and goes on."""
-    path = tmp_path / "run" / "checkpoint.pt"
+def once(path, *runs):
+    """Wait until runs have written a file and go on; return the time."""
     wait_for(lambda: path.exists() or any(r.poll() is not None for r in runs), what=str(path))
+    time.sleep(0.5)
     assert all(run.poll() is None for run in runs), [run.output.read_text() for run in runs]
-    time.sleep(1)
+    return time.monotonic()
 
 
-@pytest.mark.parametrize("processes, batch", [(1, 4), (2, 1)])
-def test_same_loss_curve_on_two_hosts(hosts, flags, alone, tmp_path, processes, batch):
-    runs = hosts.both(*flags, *STEPS, "-b", batch, "-e", "run", processes=processes)
-    outputs = finish(*runs)
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    difference = worst_difference(metrics(alone), metrics(tmp_path / "run"))
-    print(f"2 hosts x {processes}, batch size {batch}: largest difference {difference:.1e}")
-    assert difference < 1e-4
-    assert metrics(tmp_path / "run")[16]["world_size"] == 2 * processes
-    last = f"rank{2 * processes - 1}"
-    assert (
-        f"[node2 rank {2 * processes - 1}] step    16"
-        in (tmp_path / "run" / last / "log.txt").read_text()
-    )
-    assert list((tmp_path / "run" / last / "wandb").glob("offline-run-*/*.wandb"))
+def succeed(*runs, **options):
+    outputs = finish(*runs, **options)
+    assert all(run.returncode == 0 for run in runs), outputs
+    return outputs
+
+
+def test_same_loss_curve_on_two_hosts(hosts, flags, alone, tmp_path):
+    """And a log of each rank, and a run of wandb."""
+    flags += STEPS
+    succeed(*hosts.both(*flags, "-b", 1, "-e", "run", processes=2, WANDB_MODE=None))
+    succeed(*hosts.both(*flags, "-b", 4, "-e", "one", processes=1))
+    for name, world_size in {"run": 4, "one": 2}.items():
+        difference = worst_difference(metrics(alone), metrics(tmp_path / name))
+        print(f"2 hosts x {world_size // 2}: largest difference {difference:.1e}")
+        assert difference < 1e-4
+        assert metrics(tmp_path / name)[16]["world_size"] == world_size
+    for rank in range(4):
+        log = (tmp_path / "run" / f"rank{rank}.log").read_text()
+        assert f"[node{1 + rank // 2} rank {rank}] step 16" in log
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))) == 4
 
 
 def test_stage_03_continues_what_02_began_and_01_what_03_began(hosts, flags, alone, tmp_path):
     flags += [*STEPS, "-e", "run", "-b", 2]
     train("02", *flags, processes=2, env=recorded(tmp_path / "notes", DIE=1), fails=True)
     assert saved_step(tmp_path / "run") == 8
-    finish(*hosts.both(*flags, processes=1))
+    assert "step 8 of 16" in succeed(*hosts.both(*flags))[0]
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
-    done = train("01", *flags, "--max-steps", 18)
-    assert "resuming after step 16" in done.stderr
+    assert "step 16 of 18" in train("01", *flags, "--max-steps", 18).stderr
 
 
-# What node1 says, and what else a reader may search for.
-ECHO = "Timed out waiting "
-FAULTS = {
-    "killed rank": [
-        "a rank has died; first, ",
-        "Signal 9 (SIGKILL) received by PID",
-        "Sending process",
-        "closing signal SIGTERM",
-    ],
-    "frozen rank": [
-        "no answer from rank 3 on node2: ",
-        ECHO,
-        "no answer from rank",
-        "Unable to shutdown process",
-        "forcefully exiting via 9",
-        "has failed to send a keep-alive heartbeat",
-        "Failed to recv, got 0 bytes. Connection was likely closed",
-    ],
-    "host without power": ["no answer from rank 2 on node2, rank 3 on node2: ", ECHO],
-    "cut link": [
-        "no answer from rank 2 on node2, rank 3 on node2: ",
-        "which holds the store, nor from other ranks",
-    ],
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_survivors_end_in_time_and_say_what_happened(hosts, long, tmp_path, fault):
-    runs = hosts.both(*long, processes=2)
-    once_saved(tmp_path, *runs)
-    began = time.monotonic()
-    if fault == "killed rank":
-        signal_rank(3, signal.SIGKILL, start=tmp_path)
-    elif fault == "frozen rank":
-        signal_rank(3, signal.SIGSTOP, start=tmp_path)
-    elif fault == "host without power":
-        hosts("off", "node2")
-    elif fault == "cut link":
-        # The kernel tells torchrun that its connection is dead after 15 minutes, here after 15 s.
-        hosts("run", "node2", "sysctl", "-qw", "net.ipv4.tcp_retries2=5")
-        hosts("cut")
-    (survivor,) = finish(runs[0], timeout=60)
-    print(f"{fault}: node1 ended after {time.monotonic() - began:.1f} s")
-    assert time.monotonic() - began < TIMEOUT + 25
-    assert runs[0].returncode != 0 and FAULTS[fault][0] in survivor, survivor
-    (other,) = finish(runs[1], timeout=90)  # a frozen process is killed after torchrun's 30 s
-    print(f"{fault}: node2 ended after {time.monotonic() - began:.1f} s")
-    assert runs[1].returncode != 0
-    for text in FAULTS[fault][1:]:
-        assert_seen(text, survivor + other)
-    if fault == "killed rank":
-        closed = "Connection closed by peer [", "Connection reset by peer"
-        assert any(text in survivor for text in closed) and all(text in README for text in closed)
-    # Nothing is lost: what is left of the cluster goes on.
-    hosts("heal") if fault == "cut link" else hosts("up")
+def goes_on_alone(hosts, long, tmp_path):
+    """Nothing is lost: what is left of the cluster goes on."""
     step = saved_step(tmp_path / "run")
     run = hosts.torchrun("node1", *long, "--max-steps", step + 10, nnodes="1")
-    (output,) = finish(run)
-    assert run.returncode == 0 and f"resuming after step {step}" in output, output
+    assert f"step {step} of {step + 10}" in succeed(run)[0]
     assert list(metrics(tmp_path / "run"))[-1] == step + 10
 
 
+def test_a_killed_rank_is_named_by_the_torchrun_of_its_node(hosts, long, tmp_path):
+    """The other hosts say what happened to them."""
+    long += ["--timeout", 60]  # it is not the timeout that ends them
+    runs = hosts.both(*long, processes=2, before=[])
+    began = once(tmp_path / "run" / "checkpoint.pt", *runs)
+    os.kill(pid_of_rank(3, start=tmp_path), signal.SIGKILL)
+    node1, node2 = finish(*runs, timeout=60)
+    print(f"both hosts ended {time.monotonic() - began:.1f} s after the kill")
+    assert time.monotonic() - began < 25 and all(run.returncode for run in runs)
+    assert re.search(r"rank +: 3 .*exitcode +: -9 ", root_cause(node2), re.DOTALL), node2
+    assert_seen("Signal 9 (SIGKILL) received by PID", root_cause(node2))
+    for text in ("Sending process", "closing signal SIGTERM"):
+        assert_seen(text, node1 + node2)
+    closed = ["Connection closed by peer [", "Connection reset by peer"]
+    assert re.search(r"\bRuntimeError: .*\[10\.77\.0\.[12]\]", root_cause(node1)), node1
+    assert any(text in root_cause(node1) for text in closed), node1
+    assert all(text in REFERENCE.read_text() for text in closed)
+    goes_on_alone(hosts, long, tmp_path)
+
+
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(hosts, long, tmp_path):
-    long += ["--max-steps", 200]
+    long += ["--max-steps", 40]
     runs = hosts.both(*long)
-    wait_for(lambda: (tmp_path / "run" / "checkpoint.pt").exists())
-    signal_rank(1, signal.SIGKILL, start=tmp_path)
+    wait_for((tmp_path / "run" / "checkpoint.pt").exists)
+    os.kill(runs[1].pid(rank=0), signal.SIGKILL)
     finish(*runs)
-    assert saved_step(tmp_path / "run") < 200
-    runs = hosts.both(*long)
-    outputs = finish(*runs)
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    finish(*hosts.both(*long, "-e", "whole"))
+    assert saved_step(tmp_path / "run") < 40 and all(run.returncode for run in runs)
+    succeed(*hosts.both(*long))
+    succeed(*hosts.both(*long, "-e", "whole"))
     assert same_weights(tmp_path / "whole", tmp_path / "run")
     assert worst_difference(metrics(tmp_path / "whole"), metrics(tmp_path / "run")) == 0
 
 
+def test_a_frozen_rank_ends_all_in_time(hosts, long, tmp_path):
+    runs = hosts.both(*long, options=["--shutdown-timeout", 8])
+    began = once(tmp_path / "run" / "checkpoint.pt", *runs)
+    os.kill(runs[1].pid(rank=0), signal.SIGSTOP)
+    node1, node2 = finish(*runs, timeout=60)
+    print(f"both hosts ended {time.monotonic() - began:.1f} s after the freeze")
+    assert time.monotonic() - began < TIMEOUT + 8 + 15 and all(run.returncode for run in runs)
+    assert_seen("Timed out waiting ", root_cause(node1))
+    # torchrun's SIGTERM is not heard there; --shutdown-timeout later comes SIGKILL. Meanwhile node1
+    # has ended, and the store with it.
+    for text in (
+        "Unable to shutdown process",
+        "forcefully exiting via 9",
+        "has failed to send a keep-alive heartbeat",
+        "Failed to recv, got 0 bytes. Connection was likely closed",
+    ):
+        assert_seen(text, node2)
+    goes_on_alone(hosts, long, tmp_path)
+
+
+DDP_ALONE = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+"""
+
+
+@pytest.mark.slow
+def test_torch_names_a_silent_rank_if_asked_to_but_not_with_ddp_on_gloo(hosts, long, tmp_path):
+    """Rank 1 stops between two collectives: after its first optimizer step."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from torch.optim.optimizer import register_optimizer_step_post_hook\n"
+        "    register_optimizer_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGSTOP))\n"
+    )
+    env = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    script, more = FOLDER / "train_llm_sharded.py", {"PYTHONPATH": tmp_path, "before": []}
+    runs = hosts.both(*long, "--timeout", 2 * TIMEOUT, script=script, **more, **env)
+    (node1,) = finish(runs[0], timeout=120)
+    assert runs[0].returncode != 0
+    assert "RuntimeError: [Rank 0]: Ranks 1 failed to pass monitoredBarrier" in root_cause(node1)
+    assert_seen("failed to pass monitoredBarrier", node1)
+    # With DDP torch 2.13 crashes, where DDP notes which interface gloo has.
+    done = subprocess.run([sys.executable, "-c", DDP_ALONE], env=environment(**env))
+    assert done.returncode == -signal.SIGSEGV
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["host without power", "cut link"])
+def test_silence_ends_all_in_time(hosts, long, tmp_path, fault):
+    long += ["--timeout", 2 * TIMEOUT]
+    runs = hosts.both(*long, before=[])
+    began = once(tmp_path / "run" / "checkpoint.pt", *runs)
+    if fault == "host without power":
+        hosts("off", "node2")
+    else:
+        # The kernel tells torchrun that its connection is dead after 15 minutes, here after 15 s.
+        hosts("run", "node2", "sysctl", "-qw", "net.ipv4.tcp_retries2=5")
+        hosts("cut")
+    (node1,) = finish(runs[0], timeout=60)
+    print(f"{fault}: node1 ended after {time.monotonic() - began:.1f} s")
+    assert time.monotonic() - began < 2 * TIMEOUT + 25
+    assert_seen("Timed out waiting ", root_cause(node1))
+    (node2,) = finish(runs[1], timeout=90)
+    print(f"{fault}: node2 ended after {time.monotonic() - began:.1f} s")
+    assert all(run.returncode for run in runs)
+    if fault == "cut link":
+        assert re.search("RuntimeError: .*Timed out waiting ", node2), node2
+    hosts("heal") if fault == "cut link" else hosts("up")
+    goes_on_alone(hosts, long, tmp_path)
+
+
+@pytest.mark.slow
 def test_shrinks_to_one_host_and_grows_back_along_the_same_curve(hosts, long, model, tmp_path):
     long += ["-m", model]
     elastic = {"nnodes": "1:2", "options": ["--max-restarts", 3]}
     elastic["options"] += ["--rdzv-conf", "last_call_timeout=3"]
     runs = hosts.both(*long, **elastic)
-    once_saved(tmp_path, *runs)
+    once(tmp_path / "run" / "checkpoint.pt", *runs)
 
     def sizes():
         return [row["world_size"] for row in metrics(tmp_path / "run").values()]
@@ -186,149 +230,135 @@ def test_shrinks_to_one_host_and_grows_back_along_the_same_curve(hosts, long, mo
     assert [size for size, _ in itertools.groupby(sizes())] == [2, 1, 2]
 
     run, last = metrics(tmp_path / "run"), list(metrics(tmp_path / "run"))[-1]
-    line = command(
-        "01", *[flag for flag in long if flag not in ("--timeout", TIMEOUT)], "-e", "alone"
-    )
-    with subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL) as alone:
-        path = tmp_path / "alone" / "metrics.jsonl"
-        wait_for(lambda: path.exists() and f'"step": {last},' in path.read_text(), timeout=120)
-        alone.kill()
+    at = long.index("--timeout")
+    alone = fork(command("01", *long[:at], *long[at + 2 :], "-e", "alone")[1:])
+    path = tmp_path / "alone" / "metrics.jsonl"
+    wait_for(lambda: path.exists() and f'"step": {last},' in path.read_text())
+    alone.kill()
     reference = {step: row for step, row in metrics(tmp_path / "alone").items() if step in run}
     assert worst_difference(reference, run, keys=["loss"]) < 1e-4
+
+
+def saved_and_stopped_by(name, output, tmp_path):
+    """All ranks have stopped at one step, which rank 0 has saved."""
+    (step,) = re.findall(rf"stopped by {name} after step (\d+)", output)
+    logs = [path.read_text() for path in tmp_path.glob("run/rank*.log")]
+    assert all(f"stopped by {name} after step {step}" in log for log in logs), logs
+    assert saved_step(tmp_path / "run") == list(metrics(tmp_path / "run"))[-1] == int(step)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
 def test_a_signal_to_one_rank_saves_and_stops_all_at_one_step(hosts, long, tmp_path, number, code):
     runs = hosts.both(*long, "--ckpt-freq", 100_000, processes=2)
-    path = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: path.exists() and path.read_text().count("\n") > 2)
-    began = time.monotonic()
-    signal_rank(2, number, start=tmp_path)
+    began = once(tmp_path / "run" / "metrics.jsonl", *runs)
+    os.kill(runs[1].pid(rank=0), number)
     outputs = finish(*runs, timeout=30)
     assert time.monotonic() - began < 15
     assert [bool(run.returncode) for run in runs] == [bool(code)] * 2, outputs
-    assert f"stopped by {number.name} after step" in outputs[0], outputs
-    assert saved_step(tmp_path / "run") == list(metrics(tmp_path / "run"))[-1]
+    saved_and_stopped_by(number.name, outputs[0], tmp_path)
 
 
 def test_a_torchrun_that_is_deaf_to_sigusr1_lets_its_ranks_hear_it(hosts, long, tmp_path):
     """As under Slurm, which sends its warning to all processes of a job step."""
-    script = ROOT / "03-multi-node" / "train_llm.py"
-    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--rdzv-backend", "c10d"]
-    line += ["--rdzv-id", "test", "--rdzv-endpoint", "node1:29500", script, *long]
     deaf = ["bash", "-c", 'trap "" USR1; exec "$@"', "-"]
-    runs = [hosts.start(host, *deaf, *line) for host in ("node1", "node2")]
-    once_saved(tmp_path, *runs)
+    runs = hosts.both(*long, "--ckpt-freq", 100_000, "--timeout", 60, before=deaf)
+    once(tmp_path / "run" / "metrics.jsonl", *runs)
     for host in ("node1", "node2"):
-        hosts("run", host, "pkill", "-USR1", "-f", script)
-    outputs = finish(*runs, timeout=30)
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert "stopped by SIGUSR1 after step" in outputs[0]
-    assert saved_step(tmp_path / "run") == list(metrics(tmp_path / "run"))[-1]
+        hosts("run", host, "pkill", "-USR1", "-f", FOLDER / "train_llm.py")
+    outputs = succeed(*runs, timeout=30)
+    saved_and_stopped_by("SIGUSR1", outputs[0], tmp_path)
 
 
 def test_sigterm_to_one_torchrun_saves_within_its_grace_time(hosts, long, tmp_path):
     runs = hosts.both(*long, "--ckpt-freq", 100_000)
-    path = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: path.exists() and path.read_text().count("\n") > 2)
-    hosts("run", "node2", "pkill", "-TERM", "-o", "-f", "torch.distributed.run")
+    once(tmp_path / "run" / "metrics.jsonl", *runs)
+    os.kill(runs[1].pid(), signal.SIGTERM)
     outputs = finish(*runs, timeout=60)
     assert all(run.returncode for run in runs), outputs
-    assert saved_step(tmp_path / "run") == list(metrics(tmp_path / "run"))[-1]
-    assert "stopped by SIGTERM after step" in outputs[0]
+    saved_and_stopped_by("SIGTERM", outputs[0], tmp_path)
 
 
-def disagreement(hosts, flags, on_node2=(), **options):
-    """Run with something else on node2; return {what: how it differs}, as both hosts say it."""
-    runs = [hosts.torchrun("node1", *flags)]
-    runs += [hosts.torchrun("node2", *flags, *on_node2, **options)]
-    outputs = finish(*runs)
-    assert all(run.returncode for run in runs), outputs
-    assert_seen("error: the ranks must agree", outputs[0])
-    tables = [re.findall(r"^ {4}(\S+.*?): (.* on node1; .*)", o, re.MULTILINE) for o in outputs]
-    assert tables[0] and tables[0] == tables[1], outputs
-    return dict(tables[0])
+def mount(hosts, other, path):
+    hosts("run", "node2", "mount", "--bind", other, path)
 
 
-def test_other_flags_another_script_and_another_version_on_a_node(hosts, flags, tmp_path):
-    """What a package says of itself is enough to try this: a second torch is 200 MB."""
-    changed = tmp_path / "train_llm.py"
-    changed.write_text((ROOT / "03-multi-node" / "train_llm.py").read_text() + "# changed\n")
-    info = tmp_path / "other" / "torch-9.9.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
-    other = {"script": changed, "PYTHONPATH": tmp_path / "other"}
-    table = disagreement(hosts, flags, ["--lr", 0.5], **other)
-    assert table.keys() == {"--lr", "train_llm.py", "torch"}
-    assert table["--lr"] == "0.002 on node1; 0.5 on node2"
-    assert re.fullmatch(r"\w{12} on node1; \w{12} on node2", table["train_llm.py"])
-    assert re.fullmatch(r"2\S+ on node1; 9.9 on node2", table["torch"])
+def other_flag(hosts, **_):
+    return ["--lr", 0.5]
 
 
-def test_other_data_on_a_node_and_a_save_folder_that_is_not_shared(hosts, flags, corpus, tmp_path):
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join((corpus / "corpus.jsonl").read_text().splitlines(True)[:200]))
-    hosts("run", "node2", "mount", "--bind", other, corpus / "corpus.jsonl")
-    (tmp_path / "outputs").mkdir()
-    hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", tmp_path / "outputs")
-    table = disagreement(hosts, [*flags, "--save-dir", tmp_path / "outputs", "-e", "run"])
-    assert table.keys() == {"data", "--save-dir"}
-    assert re.fullmatch(r"(\d+) rows \w+ on node1; (\d+) rows \w+ on node2", table["data"])
-    assert table["--save-dir"] == "on the disk of rank 0 on node1; not shared on node2"
-    for text in ("data: ", "--save-dir: on the disk of rank 0 on node1; not shared on"):
-        assert text in README
+def other_script(hosts, tmp_path, **_):
+    changed = tmp_path / "changed.py"
+    changed.write_text((FOLDER / "train_llm.py").read_text() + "# changed\n")
+    mount(hosts, changed, FOLDER / "train_llm.py")
 
 
-def assert_seen(text, output):
-    """text is in the output, and a reader who searches for it finds it in the README."""
-    assert text in output, output
-    assert text in README
+def other_data(hosts, tmp_path, corpus, **_):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((corpus / "corpus.jsonl").read_text().splitlines(True)[:200]))
+    mount(hosts, few, corpus / "corpus.jsonl")
+
+
+def not_shared(hosts, tmp_path, **_):
+    (tmp_path / "run").mkdir()
+    hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", tmp_path / "run")
+
+
+def older_checkpoint(hosts, tmp_path, flags, **_):
+    """As behind a disk's cache that is late; here by mounting the old file over the new one."""
+    for steps in (2, 3):
+        succeed(*hosts.both(*flags, "--max-steps", steps))
+        (tmp_path / f"{steps}.pt").write_bytes((tmp_path / "run" / "checkpoint.pt").read_bytes())
+    mount(hosts, tmp_path / "2.pt", tmp_path / "run" / "checkpoint.pt")
+
+
+def other_training(hosts, flags, **_):
+    succeed(*hosts.both(*flags, "--max-steps", 2))
+    flags += ["--seed", 7]
+
+
+def rest_of_a_batch(hosts, flags, **_):
+    flags += ["--global-batch-size", 9]
+
+
+HERE = "on node1, but"
+SILENT_FAULTS = {
+    other_flag: rf"--lr is 0.002 {HERE} 0.5 on node2",
+    other_script: rf"train_llm.py is \w{{12}} {HERE} \w{{12}} on node2",
+    other_data: rf"the data is \d+ rows \w{{12}} {HERE} \d+ rows \w{{12}} on node2",
+    not_shared: rf"\S+/run/started is .* {HERE} not there on node2",
+    older_checkpoint: rf"the step to go on from is 3 {HERE} 2 on node2",
+    other_training: r"--seed was 0 when \S+ was written and is 7 now: put the old value back, .*",
+    rest_of_a_batch: r"--global-batch-size 9 is no multiple of --batch-size 4 x 2 ranks",
+}
+
+
+@pytest.mark.parametrize("fault", SILENT_FAULTS, ids=lambda fault: fault.__name__)
+def test_what_would_go_wrong_silently_ends_all_before_the_first_step(
+    hosts, flags, corpus, tmp_path, fault
+):
+    flags += ["-b", 4, "-e", "run"]
+    on_node2 = fault(hosts=hosts, flags=flags, corpus=corpus, tmp_path=tmp_path)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    before = rows.read_text() if rows.exists() else ""
+    runs = [hosts.torchrun("node1", *flags), hosts.torchrun("node2", *flags, *(on_node2 or []))]
+    outputs = finish(*runs, timeout=60)
+    for run, output in zip(runs, outputs, strict=True):
+        assert run.returncode != 0
+        (line,) = re.findall("^error: (.*)", output, re.MULTILINE)
+        assert re.fullmatch(SILENT_FAULTS[fault], line), line
+    assert (rows.read_text() if rows.exists() else "") == before, "no step was made"
+
+
+# What torchrun says when the hosts do not find each other. A row: options of torchrun, those that
+# only node2 has, and what node1 and node2 must say (one of several, where it depends on the time).
+NOBODY = ["failed to connect to any network address of ("]
+NOBODY += ["TCP client failed to connect/validate to host"]
 
 
 def endpoint(name, **conf):
     """Options for a torchrun that does not wait as long as it would without them."""
     conf = ",".join(f"{key}={value}" for key, value in conf.items())
-    return {"options": ["--rdzv-endpoint", name, *(["--rdzv-conf", conf] if conf else [])]}
-
-
-def test_every_error_that_the_readme_calls_tried_is_tried_here():
-    source = Path(__file__).read_text()
-    rows = [line for line in README.splitlines() if line.endswith("| tried |")]
-    assert len(rows) >= 20
-    for row in rows:
-        for text in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
-            assert text in source, text
-
-
-def test_plain_python_is_told_to_use_torchrun(flags):
-    script = ROOT / "03-multi-node" / "train_llm.py"
-    line = [sys.executable, script, *map(str, flags)]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert_seen("error: start this stage with torchrun", error_line(done))
-
-
-@pytest.mark.parametrize(
-    "name, messages",
-    [
-        ("node9:29500", ["cannot be retrieved (gai error: -2"]),
-        # Which one depends on what comes first, the kernel's verdict or the timeout.
-        (
-            "10.77.0.9:29500",
-            [
-                "failed to connect to any network address of (",
-                "TCP client failed to connect/validate to host",
-            ],
-        ),
-    ],
-)
-def test_an_endpoint_that_is_nowhere(hosts, flags, name, messages):
-    run = hosts.torchrun("node1", *flags, **endpoint(name, read_timeout=4))
-    (output,) = finish(run)
-    assert run.returncode != 0
-    assert any(message in output for message in messages), output
-    assert all(message in README for message in messages)
-    assert_seen("RendezvousConnectionError", output)
+    return ["--rdzv-endpoint", name, *(["--rdzv-conf", conf] if conf else [])]
 
 
 def own_names_are_loopback(hosts):
@@ -338,65 +368,47 @@ def own_names_are_loopback(hosts):
         hosts("run", name, "sh", "-c", 'printf "$0" > /etc/hosts', lines)
 
 
-def test_an_endpoint_in_which_no_host_recognises_itself(hosts, flags):
+def test_an_endpoint_that_is_nowhere(hosts, flags):
+    """Its name unknown, its address nobody's, or without the name of the host that should serve."""
     own_names_are_loopback(hosts)
-    conf = endpoint("10.77.0.1:29500", read_timeout=3)
-    output = finish(hosts.torchrun("node1", *flags, **conf))[0]
-    assert_seen("The client socket has timed out after", output)
+    places = {"node9:29500": ["cannot be retrieved (gai error: -2"], "10.77.0.9:29500": NOBODY}
+    places["10.77.0.1:29500"] = ["The client socket has timed out after"]
+    runs = [
+        hosts.torchrun("node1", *flags, options=endpoint(name, read_timeout=4)) for name in places
+    ]
+    for run, output, texts in zip(runs, finish(*runs), places.values(), strict=True):
+        assert run.returncode != 0
+        assert_seen("RendezvousConnectionError", output)
+        assert any(text in output for text in texts), output
+        assert all(text in REFERENCE.read_text() for text in texts)
 
 
 def test_a_host_name_that_is_loopback(hosts, flags):
     own_names_are_loopback(hosts)
-    runs = hosts.both(*flags)
-
-    def output():
-        return "".join(run.output.read_text(errors="replace") for run in runs)
-
-    # The ranks are dealt out anew each time; one of them fails, and the other may wait for it.
-    wait_for(lambda: "Gloo connectFullMesh failed" in output(), what="connectFullMesh failed")
-    assert_seen("Gloo connectFullMesh failed", output())
-    assert_seen("remote=[127.0.1.1]", output())
+    runs = hosts.both(*flags, "--timeout", TIMEOUT)
+    output = "".join(finish(*runs, timeout=60))
+    assert all(run.returncode for run in runs), output
+    assert_seen("Gloo connectFullMesh failed", output)
+    assert_seen("remote=[127.0.1.1]", output)
 
 
 def test_an_interface_that_is_not_there(hosts, flags):
-    runs = hosts.both(*flags, GLOO_SOCKET_IFNAME="eth7")
-    outputs = finish(*runs)
-    assert_seen("Unable to find address for: ", outputs[0])
+    outputs = finish(*hosts.both(*flags, GLOO_SOCKET_IFNAME="eth7"))
+    assert_seen("Unable to find address for: ", root_cause(outputs[0]))
 
 
-def test_a_blocked_port(hosts, flags):
+def test_a_blocked_port_a_missing_node_and_another_job_on_the_port(hosts, flags):
+    """Three clusters at once, as they only wait."""
     rule = ["to", "10.77.0.1", "ipproto", "tcp", "dport", "29500", "unreachable", "priority", "1"]
     hosts("run", "node2", "ip", "rule", "add", *rule)
-    conf = endpoint("node1:29500", read_timeout=4, join_timeout=8)
-    runs = hosts.both(*flags, **conf)
-    outputs = finish(*runs)
-    assert_seen("RendezvousTimeoutError", outputs[0])
-    assert_seen("failed to connect to any network address of (", outputs[1])
-
-
-def test_a_missing_node_and_another_job_on_the_port(hosts, flags, tmp_path):
-    first = hosts.torchrun("node1", *flags, **endpoint("node1:29500", join_timeout=12))
-    other = endpoint("node1:29500", join_timeout=4)
-    other["options"] += ["--rdzv-id", "other"]
-    second = hosts.torchrun("node2", *flags, **other)
-    for output in finish(first, second):
+    blocked = hosts.both(*flags, options=endpoint("node1:29500", read_timeout=4, join_timeout=8))
+    first = hosts.torchrun("node1", *flags, options=endpoint("node1:29501", join_timeout=12))
+    other = [*endpoint("node1:29501", join_timeout=4), "--rdzv-id", "other"]
+    second = hosts.torchrun("node2", *flags, options=other)
+    outputs = finish(*blocked, first, second)
+    for output in (outputs[0], *outputs[2:]):
         assert_seen("RendezvousTimeoutError", output)
-
-
-def test_clocks_that_differ(hosts, flags):
-    """libfaketime shows node2's processes a clock that is a minute ahead; the training goes on."""
-    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
-    if library is None and "CI" not in os.environ:
-        pytest.skip("libfaketime is not installed")
-    hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm")  # it leaves files there
-    first = hosts.torchrun("node1", *flags)
-    fake = ["env", f"LD_PRELOAD={library}", "FAKETIME=+60s"]
-    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--rdzv-backend", "c10d"]
-    line += ["--rdzv-id", "test", "--rdzv-endpoint", "node1:29500"]
-    hosts.start("node2", *fake, *line, ROOT / "03-multi-node" / "train_llm.py", *flags)
-    wait_for(lambda: "step    10" in first.output.read_text(), what=first.output)
-    assert_seen("the hosts' clocks are", first.output.read_text())
-    assert "60 s apart" in first.output.read_text()
+    assert_seen(NOBODY[0], outputs[1])
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(hosts, flags, wide_model, tmp_path):
@@ -410,92 +422,120 @@ def test_a_full_disk_keeps_the_checkpoint_before(hosts, flags, wide_model, tmp_p
     hosts("up")
     try:
         more = ["-m", wide_model, "--save-dir", disk, "-e", "run", "-b", 1, "--ckpt-freq", 3]
-        finish(*hosts.both(*flags, *more, "--max-steps", 3))
+        succeed(*hosts.both(*flags, *more, "--max-steps", 3))
         with open(disk / "filler", "wb") as file:
             file.write(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - (10 << 20)))
         runs = hosts.both(*flags, *more, "--max-steps", 6, "--timeout", TIMEOUT)
         outputs = finish(*runs)
         assert all(run.returncode for run in runs), outputs
-        assert_seen("No space left on device", outputs[0])
+        assert_seen("No space left on device", root_cause(outputs[0]))
         assert saved_step(disk / "run") == 3
     finally:
         hosts("down")
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_checkpoint_of_another_training(hosts, flags):
-    flags += ["-e", "run", "--max-steps", 2]
-    finish(*hosts.both(*flags))
-    outputs = finish(*hosts.both(*flags, "--seed", 7))
-    for text in ("when ", "was written and is ", "now: go on with the old value"):
-        assert_seen(text, outputs[0])
+def test_plain_python_lacks_what_torchrun_sets(flags):
+    done = run_forked([str(FOLDER / "train_llm.py"), *map(str, flags)], 60)
+    assert done.returncode == 1
+    assert_seen("KeyError: 'RANK'", done.stderr.splitlines()[-1])
 
 
-def test_a_host_that_sees_an_older_checkpoint(hosts, flags, tmp_path):
-    """As behind a disk's cache that is late; here by mounting the old file over the new one."""
-    flags += ["-e", "run"]
-    finish(*hosts.both(*flags, "--max-steps", 2))
-    checkpoint = tmp_path / "run" / "checkpoint.pt"
-    old = checkpoint.rename(tmp_path / "old.pt")
-    checkpoint.write_bytes(old.read_bytes())
-    finish(*hosts.both(*flags, "--max-steps", 3))
-    hosts("run", "node2", "mount", "--bind", old, checkpoint)
-    table = disagreement(hosts, [*flags, "--max-steps", 4])
-    assert table == {"step to resume from": "3 on node1; 2 on node2"}
-    assert "step to resume from: " in README
+def test_every_error_that_the_reference_calls_tried_is_tried_here():
+    tests = [Path(__file__), Path(__file__).with_name("test_04_manual_spawn.py")]
+    source = "".join(path.read_text() for path in tests)
+    rows = [line for line in REFERENCE.read_text().splitlines() if line.endswith("| tried |")]
+    assert len(rows) >= 20
+    for row in rows:
+        for text in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+            assert text in source, text
 
 
-def preflight(hosts, tmp_path, *flags, processes=1, **env):
-    """Run check_cluster.py on both hosts. Return its exit statuses and what rank 0 printed."""
-    script = ROOT / "03-multi-node" / "check_cluster.py"
-    folder = tmp_path / "outputs"
-    more = ["--save-dir", folder, "--largest", 1e6, "--timeout", 20]
-    runs = hosts.both(*more, *flags, script=script, processes=processes, **env)
-    outputs = finish(*runs)
-    return [run.returncode for run in runs], outputs[0] + outputs[1]
+def preflight(hosts, tmp_path, *flags, **options):
+    """Start check_cluster.py on both hosts."""
+    more = ["--save-dir", tmp_path / "outputs", "--largest", 1e6, "--timeout", 20]
+    return hosts.both(*more, *flags, script=FOLDER / "check_cluster.py", **options)
 
 
-def test_the_preflight_of_a_good_cluster(hosts, tmp_path):
-    codes, output = preflight(hosts, tmp_path, "--parameters", 2e6, processes=2)
-    assert codes == [0, 0], output
+def problems_of(runs, number):
+    """Return what a preflight of a bad cluster has printed: so many problems, each with a cure."""
+    output = "".join(finish(*runs))
+    assert [run.returncode for run in runs] == [1, 1], output
+    assert output.count("cure: ") == output.count("PROBLEM: ") == number, output
+    return output
+
+
+def test_two_preflights_at_once_of_a_good_cluster(hosts, tmp_path):
+    runs = preflight(hosts, tmp_path, "--parameters", 2e6, processes=2)
+    runs += preflight(hosts, tmp_path, options=endpoint("node1:29501"))
+    output = "".join(succeed(*runs))
     assert "fit to train: 4 ranks on 2 hosts" in output
     assert re.search(r"^3 +node2 +10.77.0.2 +eth0 +CPU", output, re.MULTILINE)
     for kind in ("all ranks", "inside a host", "between hosts"):
         assert re.search(rf"all-reduce, {kind}: 1024 bytes in [\d,]+ us; .* GB/s", output)
     assert "gradients of 2 M parameters (8 MB in fp32)" in output
     report = json.loads((tmp_path / "outputs" / "check_cluster.json").read_text())
-    assert report["problems"] == [] and len(report["ranks"]) == 4
-    assert list(tmp_path.glob("outputs/.check_cluster*")) == []
+    assert report["problems"] == [] and len(report["ranks"]) in (2, 4)
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["check_cluster.json"]
 
 
-def test_the_preflight_finds_what_is_wrong(hosts, tmp_path):
+def test_the_preflight_finds_a_wrong_name_a_wrong_disk_and_other_versions(hosts, tmp_path):
+    """What a package says of itself is enough to try this: a second torch is 200 MB."""
     own_names_are_loopback(hosts)
     (tmp_path / "outputs").mkdir()
     hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", tmp_path / "outputs")
-    codes, output = preflight(hosts, tmp_path)
-    assert codes == [1, 1], output
-    assert "node1 resolves its own name to 127.0.1.1, where no other host can reach it" in output
+    packages = ["torch", "transformers", "datasets", "wandb"]
+    for name in packages:
+        info = tmp_path / "other" / f"{name}-9.9.dist-info"
+        info.mkdir(parents=True)
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n"
+        (info / "METADATA").write_text(text)
+    path = tmp_path / "other" / "sitecustomize.py"
+    path.write_text(
+        f"import platform, socket, sys\n"
+        "if socket.gethostname() == 'node2':\n"
+        f"    sys.path.insert(0, {str(path.parent)!r})\n"
+        "    platform.python_version = lambda: '3.99.9'\n"
+    )
+    output = problems_of(preflight(hosts, tmp_path, PYTHONPATH=path.parent), 8)
+    for host in ("node1", "node2"):
+        assert f"{host} resolves its own name to 127.0.1.1, where no other host can" in output
     assert "not the disk of rank 0" in output
-    assert output.count("cure: ") == output.count("PROBLEM: ") == 3
+    for name in packages:
+        assert re.search(rf"PROBLEM: {name}: [0-9]\S+ on node1; 9.9 on node2", output)
+    assert "3.99.9 on node2" in output
 
 
 def test_the_preflight_finds_a_wrong_interface_and_a_full_disk(hosts, tmp_path):
-    (tmp_path / "outputs").mkdir()
+    folder = tmp_path / "outputs"
+    folder.mkdir()
     for host in ("node1", "node2"):
-        folder = tmp_path / "outputs"
         hosts("run", host, "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder)
-    codes, output = preflight(hosts, tmp_path, GLOO_SOCKET_IFNAME="eth7")
-    assert codes == [1, 1], output
+    output = problems_of(preflight(hosts, tmp_path, GLOO_SOCKET_IFNAME="eth7"), 4)
     assert "node2 has no interface eth7 (GLOO_SOCKET_IFNAME); it has lo, eth0" in output
     assert "outputs: 0.0 GB free" in output
 
 
 def test_the_preflight_finds_a_slow_link(hosts, tmp_path):
     hosts("limit", "10mbit")
-    codes, output = preflight(hosts, tmp_path)
-    assert codes == [0, 0], output
+    output = succeed(*preflight(hosts, tmp_path))[0]
     seconds = [float(ms) / 1000 for ms in re.findall(r"link .*: 1 MB in ([\d.]+) ms", output)]
     assert len(seconds) == 2 and all(0.5 < s < 1.5 for s in seconds), "1 MB over 10 Mbit/s: 0.84 s"
+
+
+@pytest.mark.slow
+def test_the_preflight_finds_clocks_that_differ(hosts, tmp_path):
+    """libfaketime shows node2's processes a clock that is a minute ahead."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None and "CI" not in os.environ:
+        pytest.skip("libfaketime is not installed")
+    hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm")  # it leaves files there
+    fake = ["env", f"LD_PRELOAD={library}", "FAKETIME=+60s"]
+    line = ["--save-dir", tmp_path / "outputs", "--largest", 1e6, "--timeout", 20]
+    script = FOLDER / "check_cluster.py"
+    runs = [hosts.torchrun("node1", *line, script=script)]
+    runs += [hosts.torchrun("node2", *line, script=script, before=fake)]
+    assert "the clock of node2 is +60 s off rank 0's" in problems_of(runs, 1)
 
 
 def test_two_hosts_leaves_nothing_behind(hosts, tmp_path):
@@ -507,27 +547,19 @@ def test_two_hosts_leaves_nothing_behind(hosts, tmp_path):
     hosts("down")
     assert not hosts.state.exists()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="no process")
-    done = hosts("run", "node1", "true", check=False)
-    assert done.returncode == 1 and "error: node1 is not running" in done.stdout
-    done = hosts("cut", check=False)
-    assert done.returncode == 1 and "error: the hosts are not running" in done.stdout
-
-
-def test_the_preflight_refuses_numbers_that_make_no_sense():
-    script = ROOT / "03-multi-node" / "check_cluster.py"
-    line = [sys.executable, script, "--timeout", "-3"]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--timeout -3: must be more than 0" in error_line(done)
+    for words, message in {("run", "node1", "true"): "node1 is", ("cut",): "the hosts are"}.items():
+        done = hosts(*words, check=False)
+        assert done.returncode == 1 and f"error: {message} not running" in done.stdout
 
 
 def test_the_readme_s_commands_on_two_hosts(hosts, tmp_path):
     """The first block of the README, word for word but for where hosts and caches are."""
-    block = re.search(r"```bash\n(./two_hosts.sh up\n.*?)```", README, re.DOTALL)[1]
+    readme = (FOLDER / "README.md").read_text()
+    block = re.search(r"```bash\n((?:[^`]*\n)?./two_hosts.sh up\n.*?)```", readme, re.DOTALL)[1]
     hosts("down")
     done = subprocess.run(
         ["bash", "-ec", block],
-        cwd=ROOT / "03-multi-node",
+        cwd=FOLDER,
         env=environment(TWO_HOSTS=tmp_path / "hosts", PATH=f"{BIN}:{os.environ['PATH']}"),
         capture_output=True,
         text=True,
@@ -535,4 +567,4 @@ def test_the_readme_s_commands_on_two_hosts(hosts, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fit to train: 2 ranks on 2 hosts" in done.stdout
-    assert "[node1 rank 0] step   100" in done.stderr
+    assert "[node1 rank 0] step 100" in done.stderr

@@ -7,12 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from stages import ROOT, environment
+from stages import FOLDERS, ROOT, STEPS, environment, metrics, worst_difference
 
 RUN = "torch.distributed.run"  # what torchrun starts
-READMES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md")])
+READMES = sorted([ROOT / "README.md", *ROOT.glob("*/*.md")])
 
 
 def commands():
@@ -53,6 +54,9 @@ def parse(script, arguments):
 @pytest.mark.parametrize("readme, line", list(commands()))
 def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
     env, launcher, script, arguments = words_of(line)
+    home = tmp_path / "home"
+    shutil.copytree(corpus / "text", home / "my-texts")
+    arguments = [word.replace("~", str(home)) for word in arguments]
     mine = script.startswith("my_")  # what the reader writes has the flags of the stage
     path = (readme.parent / script.removeprefix("my_")).resolve()
     assert path.is_file(), f"{readme}: no such script: {script}"
@@ -60,19 +64,16 @@ def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
     if path.name == "check_cluster.py" or several:
         parse(path, arguments)  # other hosts or ranks are needed: the stage's own tests have them
         return
-    if path.name != "train_llm.py":
+    if not path.name.startswith("train_llm"):
         subprocess.run([sys.executable, path, *arguments], cwd=readme.parent, check=True)
         return
     args = parse(path, arguments)
-    if args.model_name or "/" in (args.dataset_name or "").strip("~/."):
+    if args.model_name or args.dataset_name and not Path(args.dataset_name).exists():
         return  # the hub and a GPU are needed: parsing is all we can do
     if args.experiment_name and path.parent.name != "01-single-gpu":
         return  # the same but for its name: the first command of the README has run
-    home = tmp_path / "home"
-    shutil.copytree(corpus / "text", home / "my-texts")
     steps = "10" if "--profile" in arguments else "2"
     more = ["--max-steps", steps, "--save-dir", tmp_path / "outputs"]
-    arguments = [word.replace("~", str(home)) for word in arguments]
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", RUN]}
     subprocess.run(
         [*programs[launcher[0]], *launcher[1:], script, *arguments, *more],
@@ -96,6 +97,57 @@ def test_commands_inside_the_text_parse():
                     parse(path, arguments)
                     found += 1
     assert found > 4, found
+
+
+def blocks_of(readme, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+
+
+def test_the_smallest_ddp_program_averages_the_gradients(tmp_path):
+    (program,) = blocks_of("02-multi-gpu/README.md", "python")
+    (tmp_path / "ddp.py").write_text(program)
+    line = [sys.executable, "-m", RUN, "--standalone", "--nproc-per-node", "2", "ddp.py"]
+    options = {"check": True, "capture_output": True, "text": True, "timeout": 100}
+    done = subprocess.run(line, cwd=tmp_path, env=environment(), **options)
+    form = r"rank (\d): row \[\[(\S+), \S+\]\], gradient \[\[(\S+), \S+\]\], weights (.*)"
+    one, other = sorted(re.findall(form, done.stdout))
+    assert one[:3] == ("0", "1.0", "1.5") and other[:3] == ("1", "2.0", "1.5"), done.stdout
+    assert one[3] == other[3]
+    (said,) = (
+        block for block in blocks_of("02-multi-gpu/README.md", "text") if "gradient [[" in block
+    )
+    assert len(re.findall(form, said)) == 2
+
+
+def test_the_lines_that_matter_make_stage_02_of_stage_01(flags, alone, tmp_path):
+    script = (ROOT / FOLDERS["01"] / "train_llm.py").read_text()
+    block = blocks_of("02-multi-gpu/README.md", "diff")[0]
+    for part in re.split("^@@.*\n", block, flags=re.MULTILINE)[1:]:
+        lines = part.splitlines(keepends=True)
+        old, new = ("".join(x[1:] for x in lines if x[0] in " " + sign) for sign in "-+")
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    (tmp_path / "my_train_llm.py").write_text(script)
+    line = [sys.executable, "-m", RUN, "--standalone", "--nproc-per-node", "2", "my_train_llm.py"]
+    words = [*line, *map(str, flags), *map(str, STEPS), "-b", "2", "-e", "run"]
+    subprocess.run(words, cwd=tmp_path, env=environment(), check=True, timeout=200)
+    assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
+
+
+def test_the_table_of_lines_is_that_of_the_scripts():
+    before = None
+    for folder in FOLDERS.values():
+        script = ROOT / folder / "train_llm.py"
+        cells = f"| {len(script.read_text().splitlines())} |"
+        if before:
+            line = ["git", "diff", "--no-index", "--numstat", before, script]
+            counts = subprocess.run(line, capture_output=True, text=True).stdout.split()
+            cells += f" {counts[0]} + {counts[1]}"
+        rows = (ROOT / "README.md").read_text().splitlines()
+        assert any(row.startswith(f"| [{folder}]") and cells in row for row in rows), (
+            f"{folder}: {cells}"
+        )
+        before = script
 
 
 def test_pictures_are_shown_and_say_what_is_on_them():

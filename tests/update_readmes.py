@@ -15,21 +15,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def flags(folder):
+def flags(page):
     """Return what --help prints about the flags, with the defaults of a reader's machine."""
     line = [sys.executable, "train_llm.py", "--help"]
     env = os.environ | {"COLUMNS": "90"}
-    text = subprocess.run(line, cwd=folder, env=env, check=True, capture_output=True, text=True)
+    text = subprocess.run(
+        line, cwd=page.parent, env=env, check=True, capture_output=True, text=True
+    )
     return f"```text\n{text.stdout.partition('options:')[2].strip(chr(10))}\n```"
 
 
-def diff(folder):
-    """Return the diff from the stage before."""
-    stages = sorted(path.parent for path in ROOT.glob("*/train_llm.py"))
-    before = stages[stages.index(folder) - 1]
-    old, new = ((path / "train_llm.py").read_text().splitlines() for path in (before, folder))
-    names = (f"{path.name}/train_llm.py" for path in (before, folder))
-    return "\n".join(["```diff", *difflib.unified_diff(old, new, *names, lineterm="", n=1), "```"])
+def diff(page):
+    """Return the diff from the stage before; in sharding.md, from the script of its own stage."""
+    stages = sorted(ROOT.glob("*/train_llm.py"))
+    new = page.parent / "train_llm.py"
+    old = stages[stages.index(new) - 1]
+    if page.name == "sharding.md":
+        old, new = new, page.parent / "train_llm_sharded.py"
+    texts = [path.read_text().splitlines() for path in (old, new)]
+    names = [str(path.relative_to(ROOT)) for path in (old, new)]
+    return "\n".join(["```diff", *difflib.unified_diff(*texts, *names, lineterm="", n=1), "```"])
 
 
 def measured(section):
@@ -54,13 +59,13 @@ def rows_of(found):
         yield f"| {name} | {median} | {spread} |"
 
 
-def ceiling(folder):
+def ceiling(page):
     found, line = measured("ceiling")
     head = ["| one process | tokens/s | of the bare loop: median (spread) |", "|---|---|---|"]
     return "\n".join([*head, *rows_of(found), "", line])
 
 
-def scaling(folder):
+def scaling(page):
     found, line = measured("scaling")
     lines = ["| all cores | tokens/s | of stage 01: median (spread) |", "|---|---|---|"]
     for batch in ("global batch 8", "global batch 32"):
@@ -68,7 +73,7 @@ def scaling(folder):
     return "\n".join([*lines, "", line])
 
 
-def links(folder):
+def links(page):
     found, line = measured("links")
     lines = ["| link | global batch | seconds per step | expected | difference | speed |"]
     lines.append("|---|---|---|---|---|---|")
@@ -84,13 +89,13 @@ def links(folder):
     return "\n".join([*lines, "", line])
 
 
-def start(folder):
+def start(page):
     found, line = measured("start")
     head = ["| from the command to the first step | seconds | of a warm start |", "|---|---|---|"]
     return "\n".join([*head, *rows_of(found), "", line])
 
 
-def gpt2(folder):
+def gpt2(page):
     found, line = measured("gpt2")
     lines = ["| GPT-2, rows of 1024 tokens | tokens/s | of stage 01 | MFU |", "|---|---|---|---|"]
     for row, values in zip(rows_of(found), found["table"].values(), strict=True):
@@ -107,11 +112,11 @@ PARTS |= {"links": links, "start": start, "gpt2": gpt2}
 
 def main():
     stale = []
-    for readme in sorted(ROOT.glob("*/README.md")):
+    for readme in sorted([*ROOT.glob("*/README.md"), *ROOT.glob("*/sharding.md")]):
         old = readme.read_text()
 
-        def part(match, folder=readme.parent):
-            return f"{match[1]}\n{PARTS[match[2]](folder)}\n{match[3]}"
+        def part(match, page=readme):
+            return f"{match[1]}\n{PARTS[match[2]](page)}\n{match[3]}"
 
         new = re.sub(r"(<!-- begin (\w+) -->).*?(<!-- end \2 -->)", part, old, flags=re.DOTALL)
         if new != old:

@@ -6,6 +6,7 @@ takes. With DIE, rank 0 kills itself as soon as a checkpoint is complete.
 
 import json
 import os
+import re
 import sys
 
 
@@ -59,5 +60,6 @@ def watch():
         torch.cuda.set_device, dist.init_process_group = take, init_process_group
 
 
-if "RANK" in os.environ or "ALONE" in os.environ or "spawn_main" in str(sys.orig_argv):
+by_multiprocessing = re.search("spawn_main|forkserver", str(sys.orig_argv))
+if "RANK" in os.environ or "ALONE" in os.environ or by_multiprocessing:
     watch()  # not in torchrun itself, nor in a launcher
