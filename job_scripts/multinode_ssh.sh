@@ -60,17 +60,19 @@ on_this_host() { # LOGS/HOST IS_HOST WORDS...; torchrun takes flags from PET_ va
 }
 
 on_every_host() { # WORDS...
-    local i line program pids=()
+    local i line program
     program="cd ${PWD@Q} || exit; $(declare -f on_each_host_first on_this_host); on_each_host_first
         $(declare -p PATH NPROC "${!GLOO_@}" "${!NCCL_@}"); set -euo pipefail"
     for i in "${!hosts[@]}"; do
         line="$program; on_this_host $logs/${hosts[i]} $((i == 0)) ${*@Q} 3<&0"
-        { "${ssh[@]}" "${hosts[i]}" "bash -c ${line@Q}" <&8 2>&1 |
-            tee -a "$logs/${hosts[i]}.log" | sed -u "s/^/${hosts[i]}: /" ||
-            { echo "error: ${hosts[i]}: exit status $?" && kill $$; }; } & # if one fails, all end
-        pids+=($!)
+        {
+            trap '' INT # or Ctrl-C would end ssh itself
+            "${ssh[@]}" "${hosts[i]}" "bash -c ${line@Q}" <&8 2>&1 |
+                tee -a "$logs/${hosts[i]}.log" | sed -u "s/^/${hosts[i]}: /" ||
+                { echo "error: ${hosts[i]}: exit status $?" && kill $$; } # if one fails, all end
+        } &
     done
-    until wait "${pids[@]}"; do :; done # a signal ends wait early
+    while [ "$(jobs -rp)" ]; do sleep 1 || true; done # a signal ends it too
     [ -z "$stopped" ]
 }
 

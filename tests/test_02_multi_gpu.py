@@ -22,6 +22,7 @@ from stages import (
     notes_of,
     recorded,
     rows_read,
+    run_forked,
     same_weights,
     train,
     worst_difference,
@@ -215,9 +216,10 @@ def test_no_rank_hangs_when_the_group_ends(tmp_path):
     (tmp_path / "meetings.py").write_text(MEETINGS.format(ending=ending[0]))
     words = [str(tmp_path / name) for name in ("meetings.py", "store")]
     ranks = [fork([words[0], str(rank), words[1]]) for rank in range(2)]
+    end = time.monotonic() + 100
     try:
         for rank in ranks:
-            rank.join(100)
+            rank.join(max(0, end - time.monotonic()))
         assert [rank.exitcode for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
@@ -281,6 +283,11 @@ def test_a_rank_that_fails_early_ends_the_others_and_leaves_its_traceback(flags,
     (error,) = logs.rglob("error.json")
     assert "on fire" in json.loads(error.read_text())["message"]["message"]
     assert error.parent.name == "1", "the folder is named after the local rank"
+
+
+def test_without_torchrun_the_last_line_names_what_it_sets():
+    done = run_forked([str(ROOT / FOLDERS["02"] / "train_llm.py")], 60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "KeyError: 'RANK'"
 
 
 def test_prepare_only_ends_cleanly(flags, tmp_path):
