@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import time
 import zipfile
+from contextlib import suppress
 from datetime import timedelta
 from glob import escape, glob
 from pathlib import Path
@@ -246,12 +247,14 @@ def main(args):
             }
             save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
             del state, checkpoint  # or the next ones would be made beside them
-        wandb_run.log(row, step=step)
+        with suppress(ConnectionError):  # a scheduler's SIGTERM may have ended wandb's process
+            wandb_run.log(row, step=step)
         logged_step, logged_time = step, time.perf_counter()
         if stop:
             break
     progress.close()
-    wandb_run.finish()
+    with suppress(ConnectionError):
+        wandb_run.finish()
 
     # The end. The last that refers to the group would wait for gloo's threads, which may wait for
     # Python's lock, which it then holds, for ever: so keep the group.

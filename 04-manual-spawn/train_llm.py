@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from glob import escape, glob
 from pathlib import Path
@@ -291,12 +291,14 @@ def main(args):
                 "flags": flags,
             }
             save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
-        wandb_run.log(row, step=step)
+        with suppress(ConnectionError):  # a scheduler's SIGTERM may have ended wandb's process
+            wandb_run.log(row, step=step)
         logged_step, logged_time = step, time.perf_counter()
         if stop:
             break
     progress.close()
-    wandb_run.finish()
+    with suppress(ConnectionError):
+        wandb_run.finish()
 
     # The end. DDP refers to the group, and as the last to do so it would wait for gloo's threads,
     # which may wait for Python's lock, which DDP then holds, for ever: so keep the group.

@@ -119,7 +119,7 @@ def test_the_ranks_share_out_each_step_and_each_epoch(flags, few_texts, tmp_path
 def whole(dropout_model, corpus, tmp_path_factory):
     """The flags of a run on two processes, and the run that nothing has hurt."""
     flags = ["-m", dropout_model, "-d", corpus / "corpus.jsonl", "-b", 4]
-    flags += ["--max-steps", 300, "--ckpt-freq", 20]
+    flags += ["--max-steps", 160, "--ckpt-freq", 20]
     folder = tmp_path_factory.mktemp("whole")
     train("02", *flags, "--save-dir", folder, "-e", "whole", processes=2)
     return flags, folder / "whole"
@@ -135,7 +135,7 @@ def test_killed_rank_ends_all_within_seconds_and_the_next_start_goes_on(whole, t
     assert torchrun.returncode != 0 and "Signal 9 (SIGKILL)" in output
     assert not any(alive(pid) for pid in ranks)
     done = train("02", *flags, processes=2)
-    assert re.search(r"step [1-9]\d* of 300, folder", done.stderr)
+    assert re.search(r"step [1-9]\d* of 160, folder", done.stderr)
     assert same_weights(unhurt, tmp_path / "killed")
     assert worst_difference(metrics(unhurt), metrics(tmp_path / "killed")) == 0
 
@@ -147,7 +147,7 @@ def test_torchrun_restarts_heal_a_killed_rank(whole, tmp_path):
     kill_rank(torchrun, 1, tmp_path / "healed" / "checkpoint.pt")
     output, _ = torchrun.communicate(timeout=120)
     assert torchrun.returncode == 0, output
-    assert re.search(r"step [1-9]\d* of 300, folder", output)
+    assert re.search(r"step [1-9]\d* of 160, folder", output)
     assert same_weights(unhurt, tmp_path / "healed")
 
 
