@@ -232,25 +232,21 @@ def test_compiled_follows_the_same_curve(flags, alone, tmp_path):
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
 
 
-@pytest.mark.parametrize("what", ["other lr", "other data", "few data", "length", "no such data"])
+SHARED = ("other lr", "other data", "few data", "length", "no such data")
+FAULTS = {what: SILENT[what] for what in SHARED} | {
+    "batch": (["-b", 3], "--global-batch-size 8 is no multiple of --batch-size 3 x 2 ranks"),
+    "damaged": ([], "checkpoint.pt is damaged: "),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
 def test_silent_fault_ends_all_ranks(flags, alone, corpus, tmp_path, what):
     shutil.copytree(alone, tmp_path / "run")
-    more, expected = SILENT[what]
-    flags += [*STEPS, "-b", 4, "-e", "run", *(corpus / "text" if w == "TEXT" else w for w in more)]
-    refuse("02", 2, flags, expected, tmp_path / "run")
-
-
-def test_global_batch_that_does_not_divide_ends_all_ranks(flags, alone, tmp_path):
-    shutil.copytree(alone, tmp_path / "run")
-    expected = "--global-batch-size 8 is no multiple of --batch-size 3 x 2 ranks"
-    refuse("02", 2, [*flags, *STEPS, "-b", 3, "-e", "run"], expected, tmp_path / "run")
-
-
-def test_damaged_checkpoint_ends_all_ranks(flags, alone, tmp_path):
-    shutil.copytree(alone, tmp_path / "run")
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
-    flags += [*STEPS, "-b", 4, "-e", "run"]
-    refuse("02", 2, flags, "checkpoint.pt is damaged: ", tmp_path / "run")
+    if what == "damaged":
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
+    more, expected = FAULTS[what]
+    more = [corpus / "text" if word == "TEXT" else word for word in more]
+    refuse("02", 2, [*flags, *STEPS, "-b", 4, "-e", "run", *more], expected, tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_ends_all_ranks(flags, tmp_path):
