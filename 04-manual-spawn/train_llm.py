@@ -80,6 +80,8 @@ def worker(local_rank, args):
     """Be one of the processes: say in the environment what torchrun would say there."""
     # Torch sends SIGINT when the launcher has died. End then at once, even in a collective.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not mp.parent_process().is_alive():  # it died while this process was still importing
+        sys.exit("error: the launcher has ended")
     world_size = args.nnodes * args.nproc_per_node
     rank = args.node_rank * args.nproc_per_node + local_rank
     assert 0 <= rank < world_size, f"--node-rank {args.node_rank} of --nnodes {args.nnodes}"
