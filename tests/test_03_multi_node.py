@@ -386,8 +386,8 @@ def test_an_endpoint_that_is_nowhere(hosts, flags):
 def test_a_host_name_that_is_loopback(hosts, flags):
     own_names_are_loopback(hosts)
     runs = hosts.both(*flags, "--timeout", TIMEOUT)
-    output = "".join(finish(*runs, timeout=60))
-    assert all(run.returncode for run in runs), output
+    wait_for(lambda: any(run.poll() is not None for run in runs), what="the first one ends")
+    output = "".join(run.output.read_text() for run in runs)
     assert_seen("Gloo connectFullMesh failed", output)
     assert_seen("remote=[127.0.1.1]", output)
 
@@ -523,7 +523,6 @@ def test_the_preflight_finds_a_slow_link(hosts, tmp_path):
     assert len(seconds) == 2 and all(0.5 < s < 1.5 for s in seconds), "1 MB over 10 Mbit/s: 0.84 s"
 
 
-@pytest.mark.slow
 def test_the_preflight_finds_clocks_that_differ(hosts, tmp_path):
     """libfaketime shows node2's processes a clock that is a minute ahead."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
