@@ -15,10 +15,14 @@ REFERENCE = ROOT / "03-multi-node" / "reference.md"
 
 
 class Hosts:
-    """node1 and node2; all that runs on them writes to files in folder, and ends with them."""
+    """node1 and node2; all that runs on them writes to files in folder, and ends with them.
 
-    def __init__(self, folder):
-        self.folder = folder
+    forked: torchrun and its ranks start without the time that importing the libraries takes, and
+    then not with variables that the libraries read while they are imported.
+    """
+
+    def __init__(self, folder, forked=False):
+        self.folder, self.forked = folder, forked
         self.state = folder / "hosts"
         self.runs = []
 
@@ -51,10 +55,7 @@ class Hosts:
         return run
 
     def fork(self, host, *words, **env):
-        """Do `start(host, "python", *words)` without the time that importing the libraries takes.
-
-        Not for variables that the libraries read while they are imported.
-        """
+        """Do `start(host, "python", *words)`, forked from a process that has the libraries."""
         path = self.folder / f"{host}-{len(self.runs)}.log"
         first = int((self.state / host).read_text())  # the process that holds the host
         run = Forked(first, list(map(str, words)), environment(**env), path)
@@ -66,7 +67,7 @@ class Hosts:
     ):
         """Start a stage (or another script) on a host with the command line of stage 03's README.
 
-        Forked, unless `before` is given: the words in front of the command line, maybe none.
+        before: words in front of the command line, maybe none; then it is not forked.
         """
         line = ["-m", "torch.distributed.run", "--nnodes", nnodes, "--nproc-per-node", processes]
         line += ["--rdzv-backend", "c10d", "--rdzv-id", "test"]
@@ -74,9 +75,11 @@ class Hosts:
         line += [*options, ROOT / FOLDERS[script] / "train_llm.py" if script in FOLDERS else script]
         # Without the variable gloo cannot start again after a failure: see stage 03's README.
         env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1} | env
-        if before is None:
+        if not self.forked:
+            env = {"WANDB_MODE": None} | env  # as a reader's
+        elif before is None:
             return self.fork(host, *line, *flags, **env)
-        return self.start(host, *before, sys.executable, *line, *flags, **env)
+        return self.start(host, *(before or []), sys.executable, *line, *flags, **env)
 
     def both(self, *flags, **options):
         return [self.torchrun(host, *flags, **options) for host in ("node1", "node2")]
