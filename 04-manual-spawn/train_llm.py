@@ -46,6 +46,8 @@ CURVE_FLAGS += ["--global-batch-size", "--seed", "--lr", "--warmup-steps", "--dt
 
 def launch(args):
     """Start the processes of this node and watch them, as torchrun does."""
+    if os.environ.get("SLURM_LOCALID", "0") != "0":  # it would be a second training in one folder
+        sys.exit("error: start this once per node, not once per GPU: srun --ntasks-per-node 1")
     if args.nnodes is None:  # in a job of several nodes one would train alone, and look right
         job_nodes = os.environ.get("SLURM_JOB_NUM_NODES", 1)
         if "PBS_NODEFILE" in os.environ:

@@ -340,6 +340,7 @@ def test_one_node_takes_a_free_port_of_its_own(launched):
 UNREACHABLE = "other nodes cannot reach it"
 SILENT_FAULTS = [
     ("", {"SLURM_JOB_NUM_NODES": 2}, "error: the job has 2 nodes: start this on"),
+    ("", {"SLURM_STEP_NUM_NODES": 1, "SLURM_LOCALID": 1}, "error: start this once per node"),
     ("--nnodes 2", {}, UNREACHABLE),
     ("--nnodes 2 --master-addr=", {}, UNREACHABLE),  # "$NOT_SET"
     ("--nnodes 2", {"MASTER_ADDR": ""}, UNREACHABLE),
