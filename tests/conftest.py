@@ -7,9 +7,9 @@ import signal
 
 import pytest
 from datasets import Dataset
-from hub_imitation import serve
-from material import make_model, source_code
-from stages import STEPS, environment, recorded, train
+from lab.hub_imitation import serve
+from lab.material import make_model, source_code
+from lab.stages import STEPS, environment, recorded, train
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-from stages import (
+from lab.stages import (
     ROOT,
     STEPS,
     command,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import (
+from lab.stages import (
     FOLDERS,
     ROOT,
     STEPS,

@@ -12,8 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import REFERENCE, Hosts, assert_seen, finish, pid_of_rank, root_cause, wait_for, why_not
-from stages import (
+from lab.hosts import (
+    REFERENCE,
+    Hosts,
+    assert_seen,
+    finish,
+    pid_of_rank,
+    root_cause,
+    wait_for,
+    why_not,
+)
+from lab.stages import (
     FOLDERS,
     ROOT,
     STEPS,
@@ -538,8 +547,8 @@ def test_the_preflight_finds_clocks_that_differ(hosts, tmp_path):
 
 def test_two_hosts_leaves_nothing_behind(hosts, tmp_path):
     hosts.start("node1", "sleep", "1000")
-    wait_for(lambda: "1000" in hosts("run", "node1", "ps", "ax").stdout)
-    assert "1000" not in hosts("run", "node2", "ps", "ax").stdout, "own process tables"
+    wait_for(lambda: "1000" in hosts("run", "node1", "ps", "axww").stdout)
+    assert "1000" not in hosts("run", "node2", "ps", "axww").stdout, "own process tables"
     assert hosts("run", "node2", "hostname").stdout == "node2\n"
     pids = [int((hosts.state / name).read_text()) for name in ("switch", "node1", "node2")]
     hosts("down")

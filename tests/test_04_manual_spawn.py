@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hosts import Hosts, assert_seen, children, finish, wait_for, why_not
-from stages import (
+from lab.hosts import Hosts, assert_seen, children, finish, wait_for, why_not
+from lab.stages import (
     FOLDERS,
     ROOT,
     STEPS,

@@ -6,35 +6,32 @@ import subprocess
 import sys
 
 import pytest
-from check_exercise import ALL, check, check_device, prepare, reference
-from hosts import wait_for, why_not
-from stages import FOLDERS, ROOT, environment
+from check_exercise import ALL, Check, Reference, processes_of
+from lab.hosts import wait_for, why_not
+from lab.stages import FOLDERS, ROOT, environment
 
 REASON = why_not()
-STAGE_03 = pytest.param(
-    "03",
-    marks=pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON)),
-)
+two_hosts = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
 
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    flags = prepare(folder)
-    return flags, reference(flags, folder)
+    return Reference(tmp_path_factory.mktemp("reference"), forked=True)
 
 
-def results_of(stage, script, right, tmp_path):
-    """Return {what: mistake} as the checker says it; outputs go to tmp_path."""
-    flags, curve_and_rows = right
-    return dict(
-        check(stage, script, [*flags, "--save-dir", tmp_path / "outputs"], curve_and_rows, tmp_path)
-    )
+@pytest.fixture(scope="module")
+def right_when_sharded(tmp_path_factory):
+    return Reference(tmp_path_factory.mktemp("sharded"), "sharded", forked=True)
+
+
+def source_of(stage):
+    name = "train_llm_sharded.py" if stage == "sharded" else "train_llm.py"
+    return ROOT / FOLDERS["03" if stage == "sharded" else stage] / name
 
 
 def changed(stage, tmp_path, *changes):
     """Return a reader's script: the stage's own, with changes, each (old, new)."""
-    source = (ROOT / FOLDERS[stage] / "train_llm.py").read_text()
+    source = source_of(stage).read_text()
     for old, new in changes:
         assert source.count(old) == 1, old
         source = source.replace(old, new)
@@ -43,21 +40,80 @@ def changed(stage, tmp_path, *changes):
     return script
 
 
-@pytest.mark.parametrize("stage", ["02", STAGE_03, "04"])
-def test_the_stages_hold(right, tmp_path, stage):
-    results = results_of(stage, ROOT / FOLDERS[stage] / "train_llm.py", right, tmp_path)
-    assert len(results) == ALL and not any(results.values()), results
+def one_mistake(stage, script, right, tmp_path):
+    """Return the first mistake that is named."""
+    results = list(Check(stage, script, right, tmp_path).all())
+    wrong = [mistake for _, mistake in results if mistake]
+    print(*results, sep="\n")
+    assert wrong, "nothing is wrong"
+    return wrong[0]
+
+
+@pytest.mark.parametrize("stage", ["02", pytest.param("03", marks=two_hosts), "04"])
+def test_the_stages_hold(tmp_path, stage):
+    """As participants start it."""
+    line = [sys.executable, ROOT / "tests" / "check_exercise.py", stage, source_of(stage)]
+    env = environment(TMPDIR=tmp_path)
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and f"all {ALL[stage]} hold" in done.stdout, done.stdout
+    assert not list(tmp_path.iterdir()), "left in the temporary folder"
+
+
+@two_hosts
+def test_sharded_holds(right_when_sharded, tmp_path):
+    results = dict(Check("sharded", source_of("sharded"), right_when_sharded, tmp_path).all())
+    assert len(results) == ALL["sharded"] and not any(results.values()), results
 
 
 NO_SYNC = "ddp_model.no_sync() if micro_step < micro_steps else nullcontext()"
+CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
+AVERAGE = "[(dist.all_reduce(p.grad), p.grad.div_(world_size)) for p in model.parameters()]"
 MISTAKES = {
-    "every rank has all data": (
+    "micro-steps not divided": (
+        ("divmod(args.global_batch_size, args.batch_size * world_size)", "(4, 0)"),
+        "the number of micro-steps must be divided by the number of processes",
+    ),
+    "a sampler told of one process": (
         ("DistributedSampler(data, ", "DistributedSampler(data, 1, 0, "),
-        "reads the same data",
+        "the sampler is told of one process (num_replicas=1)",
+    ),
+    "no DistributedSampler": (
+        ("indices = list(sampler)", "indices = list(range(len(data)))"),
+        "a DistributedSampler is missing, or not used",
     ),
     "no set_epoch": (("sampler.set_epoch(epoch)", "0"), "sampler.set_epoch(epoch)"),
-    "the model instead of DDP's": (("else ddp_model", "else model"), "not averaged over the ranks"),
-    "always no_sync": ((NO_SYNC, "ddp_model.no_sync()"), "stand outside no_sync()"),
+    "an epoch's end not divided": (
+        (": epoch_samples // world_size]", ": epoch_samples]"),
+        "the second epoch begins too late",
+    ),
+    "data made by all ranks at once": (
+        ("while rank > 0 and not", "while False and not"),
+        "all ranks make them at once",
+    ),
+    "the model instead of DDP's": (("else ddp_model", "else model"), "must call DDP's model"),
+    "always no_sync": ((NO_SYNC, "ddp_model.no_sync()"), "must stand outside no_sync()"),
+    "no_sync on the last micro-batch": (
+        ("micro_step < micro_steps", "micro_step == micro_steps"),
+        "no_sync() is around the last micro-batch instead of the others",
+    ),
+    "clipped for every micro-batch": (
+        ("loss_sum += loss.detach()", f"loss_sum += loss.detach(); {CLIP}"),
+        "the gradients are clipped 3 times a step",
+    ),
+    "clipped before they are averaged": (
+        (NO_SYNC, "ddp_model.no_sync()"),
+        ("lr = scheduler.get_last_lr()[0]", f"lr = scheduler.get_last_lr()[0]; {AVERAGE}"),
+        "clipped before they are averaged",
+    ),
+    "the sum of the gradients": (
+        (NO_SYNC, "ddp_model.no_sync()"),
+        (f"grad_norm = {CLIP}", f"{AVERAGE.replace('world_size', '1')}; grad_norm = {CLIP}"),
+        "the gradients are 2 times what they should be",
+    ),
+    "the learning rate multiplied": (
+        ("AdamW(model.parameters(), args.lr,", "AdamW(model.parameters(), args.lr * world_size,"),
+        "multiplied by the number of ranks?",
+    ),
     "the loss of one rank": (
         ("dist.all_reduce(loss_sum)  # the sum over the ranks", "loss_sum *= world_size"),
         "the loss is that of one rank",
@@ -78,6 +134,17 @@ MISTAKES = {
         ("    dist.all_reduce(loss_sum)\n    model", "    model"),
         "val_loss is",
     ),
+    "one rank leaves out a collective": (
+        (
+            "        dist.all_reduce(loss_sum)  #",
+            "        if rank == 0: dist.all_reduce(loss_sum)  #",
+        ),
+        "if rank == 0: dist.all_reduce(loss_sum)",
+    ),
+    "a rank that sleeps": (
+        ("        optimizer.zero_grad()", "        time.sleep(1000 * (rank == 1 and step == 3))"),
+        "rank 1 is in line",
+    ),
     "all ranks save": (
         ("if writes and save_now", "if run_dir and save_now"),
         ("metrics.stat()", "(run_dir / 'metrics.jsonl').stat()"),
@@ -87,9 +154,39 @@ MISTAKES = {
         ("writes = run_dir is not None and rank == 0", "writes = run_dir is not None"),
         "every rank writes metrics.jsonl",
     ),
+    "the wrapped model saved": (
+        ('"model": model.state_dict()', '"model": ddp_model.state_dict()'),
+        "its names begin with module.",
+    ),
+    "the same dropout everywhere": (
+        ("if rank > 0:\n        torch.manual_seed", "if rank > 9:\n        torch.manual_seed"),
+        "all ranks draw the same",
+    ),
     "all on the first GPU": (
         ('torch.device("cuda", rank)', 'torch.device("cuda", 0)'),
         "local rank 1 takes GPU 0",
+    ),
+    "only rank 0 restored": (
+        (
+            'if run_dir and (run_dir / "checkpoint.pt")',
+            'if rank == 0 and (run_dir / "checkpoint.pt")',
+        ),
+        "rank 1 starts over, the other goes on",
+    ),
+    "only rank 0's weights restored": (
+        (
+            'model.load_state_dict(checkpoint["model"])',
+            "0 if rank else model.load_state_dict(checkpoint['model'])",
+        ),
+        "the ranks begin with different weights",
+    ),
+    "one random state for all": (
+        ('checkpoint["rng"][rank]', 'checkpoint["rng"][0]'),
+        "all ranks take back one rank's",
+    ),
+    "random states not restored": (
+        ('dropout_rng.set_rng_state(checkpoint["rng"][rank])', "0"),
+        "it is not restored",
     ),
     "an epoch anew after a resume": (
         ("indices[position // world_size : epoch_samples", "indices[: epoch_samples"),
@@ -109,17 +206,54 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_is_named(right, tmp_path, mistake):
     *changes, message = MISTAKES[mistake]
-    script = changed("02", tmp_path, *changes)
-    wrong = [text for text in results_of("02", script, right, tmp_path).values() if text]
-    assert wrong and message in wrong[0], wrong
+    found = one_mistake("02", changed("02", tmp_path, *changes), right, tmp_path)
+    assert message in found
+    assert not processes_of(tmp_path / "first") | processes_of(tmp_path / "second")
 
 
 def test_a_device_by_the_rank_is_named(right, tmp_path):
     """In stage 03, where the local rank is not the rank."""
     new = 'torch.device("cuda", rank % torch.cuda.device_count())'
     script = changed("03", tmp_path, ('torch.device("cuda", local_rank)', new))
-    ((what, wrong),) = check_device("03", script, right[0], tmp_path)
+    ((what, wrong),) = Check("03", script, right, tmp_path).device()
     assert "local rank 1 takes GPU 0" in wrong and "rank % device_count" in wrong
+
+
+def test_rows_that_spawned_processes_do_not_find_are_named(right, tmp_path):
+    script = changed("04", tmp_path, ('tokenize_and_pack.__module__ = "__main__"', ""))
+    assert "mp.spawn runs the script as __mp_main__" in one_mistake("04", script, right, tmp_path)
+
+
+LOCAL_NORM = (
+    "grad_norm = torch.stack([p.grad.to_local().norm() for p in model.parameters()]).norm()"
+)
+SHARDED = {
+    "nothing": (("shard(model.train(), args.compile)", "model.train()"), "nothing is sharded"),
+    "only the root": (
+        ("        fully_shard(block, reshard_after_forward=True)\n", "        pass\n"),
+        "only the root is (GPT2LMHeadModel)",
+    ),
+    "the norm of one rank's part": (
+        (f"grad_norm = {CLIP}", f"{CLIP}; {LOCAL_NORM}"),
+        "the norm of the gradients is that of one rank's parts",
+    ),
+    "an evaluation that hangs": (
+        ("range(first, len(data) + first, stride)", "range(first, len(data), stride)"),
+        "it hangs",
+    ),
+    "a checkpoint of parts": (
+        ("lambda parts: parts.full_tensor().to(memory)", "lambda parts: parts.to_local()"),
+        "is only a part",
+    ),
+}
+
+
+@two_hosts
+@pytest.mark.parametrize("mistake", SHARDED)
+def test_a_mistake_in_sharding_is_named(right_when_sharded, tmp_path, mistake):
+    *changes, message = SHARDED[mistake]
+    script = changed("sharded", tmp_path, *changes)
+    assert message in one_mistake("sharded", script, right_when_sharded, tmp_path)
 
 
 def test_a_script_that_does_not_start_is_shown_with_what_it_said(tmp_path):
@@ -134,8 +268,8 @@ def test_a_script_that_does_not_start_is_shown_with_what_it_said(tmp_path):
 def test_without_no_sync_all_holds(right, tmp_path):
     """It costs time, and changes nothing."""
     script = changed("02", tmp_path, (NO_SYNC, "nullcontext()"))
-    results = results_of("02", script, right, tmp_path)
-    assert len(results) == ALL and not any(results.values()), results
+    results = dict(Check("02", script, right, tmp_path).all())
+    assert len(results) == ALL["02"] and not any(results.values()), results
 
 
 def test_two_ranks_with_one_number(right, tmp_path):
@@ -145,7 +279,7 @@ def test_two_ranks_with_one_number(right, tmp_path):
         port = probe.getsockname()[1]
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0}
     env = environment(LOCAL_WORLD_SIZE=2, LOCAL_RANK=0, **env)
-    line = [sys.executable, ROOT / FOLDERS["03"] / "train_llm.py", *map(str, right[0])]
+    line = [sys.executable, ROOT / FOLDERS["03"] / "train_llm.py", *map(str, right.flags)]
     runs = [subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         wait_for(lambda: any(run.poll() is not None for run in runs), what="one fails")

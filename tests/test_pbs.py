@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import Hosts, pid_of_rank, wait_for, why_not
-from pbs import NODES, PBS, Refused
-from stages import FOLDERS, ROOT, STEPS, metrics, worst_difference
+from lab.hosts import Hosts, pid_of_rank, wait_for, why_not
+from lab.pbs import NODES, PBS, Refused
+from lab.stages import FOLDERS, ROOT, STEPS, metrics, worst_difference
 
 REASON = why_not()
 pytestmark = [

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stages import FOLDERS, ROOT, STEPS, environment, metrics, worst_difference
+from lab.stages import FOLDERS, ROOT, STEPS, environment, metrics, worst_difference
 
 RUN = "torch.distributed.run"  # what torchrun starts
 READMES = sorted([ROOT / "README.md", *ROOT.glob("*/*.md")])
@@ -171,7 +171,7 @@ def test_the_set_up_lines_are_the_ones_that_ci_runs():
 
 
 def test_generated_parts_are_fresh():
-    line = [sys.executable, ROOT / "tests" / "update_readmes.py", "--check"]
+    line = [sys.executable, ROOT / "tests" / "pages" / "update_readmes.py", "--check"]
     subprocess.run(line, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

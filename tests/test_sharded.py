@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import Hosts, finish, wait_for, why_not
-from stages import (
+from lab.hosts import Hosts, finish, wait_for, why_not
+from lab.stages import (
     FOLDERS,
     ROOT,
     STEPS,

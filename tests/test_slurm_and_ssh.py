@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import finish, pid_of_rank, wait_for, why_not
-from slurm import NODES, Slurm, why_not_slurm
-from stages import ROOT, STEPS, metrics, worst_difference
+from lab.hosts import finish, pid_of_rank, wait_for, why_not
+from lab.slurm import NODES, Slurm, why_not_slurm
+from lab.stages import ROOT, STEPS, metrics, worst_difference
 
 BIN = Path(sys.executable).parent
 VENV = BIN.parent if (BIN / "activate").exists() else ""  # where these tests run
@@ -207,7 +207,10 @@ def test_warning_before_the_time_limit_requeues_and_scancel_saves(slurm, reposit
 @pytest.mark.parametrize("script", [MULTI, MANUAL, SINGLE])
 def test_a_warning_during_the_preflight_does_not_lose_the_job(slurm, repository, args, script):
     job = Job(slurm, repository, script, *CPU, ARGS=args("-e", "run", "-b", 4))
-    wait_for(lambda: any("check_cluster" in line for line in slurm.left_behind()))
+    wait_for(
+        lambda: any("check_cluster" in line for line in slurm.left_behind()),
+        what=lambda: f"{slurm.job(job.number)} {slurm.left_behind()} {job.output()}: preflight",
+    )
     slurm.command("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_for_attempt(1)
     assert not job.run_dir.exists()

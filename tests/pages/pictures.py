@@ -1,4 +1,4 @@
-"""Draw the pictures of the READMEs: python tests/pictures.py
+"""Draw the pictures of the READMEs: python tests/pages/pictures.py
 
 The maps are drawn from the arithmetic of ranks, the rest from results.json, which benchmark.py
 writes. White ground, so that they are readable on dark pages and on paper; no colour carries a
@@ -6,15 +6,16 @@ meaning that a word, a place or a line style does not carry too.
 """
 
 import json
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from benchmark import RESULTS
 from matplotlib.patches import FancyBboxPatch
-from stages import ROOT
 
+RESULTS = Path(__file__).with_name("results.json")
+ROOT = RESULTS.parents[2]
 INK, BLUE, LIGHT, ORANGE, GREY = "#222222", "#2166ac", "#d8e6f3", "#f4c58f", "#eeeeee"
 plt.rcParams |= {"svg.hashsalt": "fixed", "svg.fonttype": "none", "font.size": 10}
 plt.rcParams |= {"font.family": "sans-serif", "savefig.facecolor": "white"}
@@ -217,7 +218,7 @@ def main():
     for picture in (stages_map, ranks, curves, checkpoint, timeline, links):
         section = sections.get(picture)
         if section and section not in results:
-            print(f"{section} was not measured: run python tests/benchmark.py {section}")
+            print(f"{section} was not measured: run python tests/pages/benchmark.py {section}")
             continue
         path = picture(results[section]) if section else picture()
         plt.savefig(ROOT / path, metadata={"Date": None})

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import time
 
-from hosts import TWO_HOSTS, Hosts, wait_for
-from stages import environment
+from lab.hosts import TWO_HOSTS, Hosts, wait_for
+from lab.stages import environment
 
 NODES = ("node1", "node2")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sshd")
@@ -141,7 +141,7 @@ class Slurm(Hosts):
         """Return the processes on both hosts that are not the cluster's own."""
         own, lines = {*DAEMONS, "slurmscriptd", "sleep", "ps"}, []
         for node in NODES:
-            table = self("run", node, "ps", "-eo", "pid=,comm=,args=").stdout.splitlines()
+            table = self("run", node, "ps", "-wweo", "pid=,comm=,args=").stdout.splitlines()
             words = [line.split(maxsplit=2) for line in table]
             lines += [
                 f"{node}: {line}" for pid, name, line in words if pid != "1" and name not in own

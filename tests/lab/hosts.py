@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from stages import FOLDERS, ROOT, be_python, environment, forkserver
+from lab.stages import FOLDERS, ROOT, be_python, environment, forkserver
 
 TWO_HOSTS = ROOT / "03-multi-node" / "two_hosts.sh"
 REFERENCE = ROOT / "03-multi-node" / "reference.md"
@@ -144,9 +144,11 @@ def finish(*runs, timeout=240):
 
 
 def wait_for(condition, timeout=180, what="condition"):
+    """Wait until condition() holds. what: a text for the failure, or a function that returns it."""
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, f"{what}: not within {timeout} s"
+        late = time.monotonic() > end
+        assert not late, f"{what() if callable(what) else what}: not within {timeout} s"
         time.sleep(0.02)
 
 

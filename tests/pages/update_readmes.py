@@ -1,4 +1,4 @@
-"""Write the parts of the READMEs that come from the code: python tests/update_readmes.py [--check]
+"""Write the parts of the READMEs that come from the code: update_readmes.py [--check]
 
 A part stands between <!-- begin NAME --> and <!-- end NAME -->. --check writes nothing and exits
 with 1 if a part is stale.
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def flags(page):
@@ -39,10 +39,10 @@ def diff(page):
 
 def measured(section):
     """Return a section of results.json, and a line that says how and where it was measured."""
-    results = ROOT / "tests" / "results.json"
+    results = ROOT / "tests" / "pages" / "results.json"
     found = json.loads(results.read_text()).get(section) if results.exists() else None
     if found is None:
-        sys.exit(f"error: {results} has no {section}: run python tests/benchmark.py {section}")
+        sys.exit(f"error: {results} has no {section}: run benchmark.py {section}")
     at = found["where"]
     device = f"{at['cores']} cores of {at['cpu']}" + (f", {at['gpu']}" if "gpu" in at else "")
     versions = f"torch {at['torch']}, transformers {at['transformers']}, Python {at['python']}"
@@ -124,7 +124,7 @@ def main():
             if "--check" not in sys.argv:
                 readme.write_text(new)
     if "--check" in sys.argv and stale:
-        sys.exit(f"stale: {', '.join(stale)}: run python tests/update_readmes.py")
+        sys.exit(f"stale: {', '.join(stale)}: run python tests/pages/update_readmes.py")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure what the READMEs say about speed: python tests/benchmark.py [SECTION ...] [--rounds 5]
+"""Measure what the READMEs say about speed: python tests/pages/benchmark.py [SECTION ...]
 
 Each section prints its table and replaces its part of results.json, which pictures.py draws from.
 What is compared takes turns, so that a machine whose speed drifts slows all of it: trainings run
@@ -22,13 +22,23 @@ from pathlib import Path
 
 import torch
 import transformers
-from check_exercise import processes_with
-from hosts import Hosts, finish, why_not
-from material import make_model, source_code
-from stages import FOLDERS, ROOT, command, environment, metrics, weights, worst_difference
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lab.hosts import Hosts, finish, why_not
+from lab.material import make_model, source_code
+from lab.stages import (
+    FOLDERS,
+    ROOT,
+    command,
+    environment,
+    metrics,
+    processes_with,
+    weights,
+    worst_difference,
+)
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
-RESULTS = ROOT / "tests" / "results.json"
+RESULTS = ROOT / "tests" / "pages" / "results.json"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ON_GPU = torch.cuda.is_available()
 GLOBAL_BATCH, SEQ_LENGTH = 8, 128  # the built-in defaults
@@ -712,7 +722,7 @@ def main():
                 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
             else:
                 os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-            line = f"python tests/benchmark.py {name}"
+            line = f"python tests/pages/benchmark.py {name}"
             line += "" if name in ONCE else f" --rounds {args.rounds}"
             if (found := known[name](args.rounds)) is None:
                 continue

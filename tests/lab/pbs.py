@@ -33,7 +33,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
-from hosts import wait_for
+from lab.hosts import wait_for
 
 NODES = {"node1": {"ncpus": 8, "ngpus": 2}, "node2": {"ncpus": 8, "ngpus": 2}}
 TOOLS = Path(__file__).with_name("pbs_tools.py")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed.run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu", "03": "03-multi-node"}
 FOLDERS |= {"04": "04-manual-spawn"}
 
@@ -42,7 +42,7 @@ def environment(**extra):
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_HUB_OFFLINE"))}
     env |= {"OMP_NUM_THREADS": "1", "HOME": os.environ.get("TEST_HOME", env["HOME"])}
-    env |= {"PYTHONPATH": ROOT / "tests" / "fewer_collections", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"PYTHONPATH": ROOT / "tests" / "lab" / "fewer_collections", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"WANDB_MODE": "disabled"} | extra
     return {key: str(value) for key, value in env.items() if value is not None}
 
@@ -124,7 +124,7 @@ def recorded(folder, **env):
     ALONE=1: the process is no rank. DIE=1: rank 0 kills itself once it has written a checkpoint.
     """
     folder.mkdir(exist_ok=True)
-    return environment(PYTHONPATH=ROOT / "tests" / "recorder", RECORD=folder, **env)
+    return environment(PYTHONPATH=ROOT / "tests" / "checker" / "recorder", RECORD=folder, **env)
 
 
 def notes_of(folder, ranks):
@@ -177,3 +177,15 @@ def same_weights(one, other):
     """Are the final weights of two runs equal, bit for bit?"""
     one, other = weights(one), weights(other)
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def processes_with(variable):
+    """Return the ids of the processes that were started with NAME=VALUE in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found

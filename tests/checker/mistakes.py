@@ -1,0 +1,354 @@
+"""What a script that is checked has done wrong, told from what its ranks have noted and logged.
+
+Each function returns the likely mistake in one sentence, or None. Notes are a list for each rank,
+as recorder/ writes them; rows are a list for each step; a curve is {step: row of metrics.jsonl}.
+"""
+
+import re
+
+import torch
+from lab.stages import rows_read
+
+MICRO_STEPS, MICRO_BATCH, GLOBAL_BATCH = 2, 2, 8
+EPOCH = 6  # steps
+STOP, END = 8, 16  # the first run dies at step 8, the second goes on
+RANKS = 2
+
+
+def why_it_stopped(notes, stacks, script, output):
+    """Where the ranks hang, or how they differ, or what the script said."""
+    source, said = script.read_text().splitlines(), tail(output)
+
+    def at(line):
+        return f"line {line}: {source[line - 1].strip()}" if line else "a library"
+
+    if stacks:
+        places = []
+        for rank, stack in enumerate(stacks):
+            lines = re.findall(rf'File "{re.escape(str(script))}", line (\d+)', stack)
+            places.append(f"rank {rank} is in {at(int(lines[0]) if lines else None)}")
+        return (
+            "it hangs. Each rank must enter the same collectives in the same order, and here\n"
+            + "\n".join(f"         | {place}" for place in places)
+        )
+    for calls in zip(*map(collectives, notes), strict=False):
+        if len({call for call, _ in calls}) > 1:
+            places = [f"rank {r} enters {c} in {at(line)}" for r, (c, line) in enumerate(calls)]
+            text = "\n".join(f"         | {place}" for place in places)
+            return f"the ranks enter different collectives:\n{text}\n         It said:\n{said}"
+    return f"it said:\n{said}"
+
+
+def collectives(notes):
+    """Return (name, line of the script) of what a rank has entered, backward() included."""
+    skip = ("__init__", "forward", "no_sync", "clip", "end of backward", "fully_shard")
+    return [(note["call"], note["line"]) for note in notes if note.get("call", skip[0]) not in skip]
+
+
+def why_it_goes_on(code, left, seconds):
+    if code is None:
+        return f"the others still ran after {seconds:.0f} s: what are they waiting for?"
+    if left:
+        return f"{left} processes were left behind"
+    if code == 0:
+        return "the exit status was 0: a scheduler would take it for a success"
+    return None
+
+
+def why_not_one_writes(notes, run_dir):
+    saving = sum(any(str(run_dir) in note.get("save", "") for note in rank) for rank in notes)
+    if saving != 1:
+        return f"{saving} ranks do: they overwrite each other's file. Save if rank == 0."
+    return None
+
+
+def why_not_made_once(notes):
+    """The rows of tokens: rank 0 makes them, the others find them in the cache."""
+    maps = [[note for note in rank if "map" in note] for rank in notes]
+    if any(note["module"] == "__mp_main__" for rank in maps for note in rank):
+        return (
+            "they are made again: mp.spawn runs the script as __mp_main__, and `datasets`, which "
+            'asks for the function\'s module, no longer knows it: set its __module__ = "__main__".'
+        )
+    ends = [note["map"][1] for note in maps[0]]
+    begins = [note["map"][0] for rank in maps[1:] for note in rank]
+    if ends and begins and min(begins) < max(ends):
+        return "all ranks make them at once: let the others wait until rank 0 has made them."
+    return None
+
+
+def why_not_the_rows(right, notes):
+    """The rows that the ranks read, against stage 01's."""
+    if not all(map(rows_read, notes)):
+        return "one rank reads nothing"
+    mine = rows_of(notes)
+    if same_rows(mine, right):
+        return None
+    told = [n["num_replicas"] for rank in notes for n in rank if n.get("call") == "__init__"]
+    ranks = [rows_of([rank], GLOBAL_BATCH // RANKS) for rank in notes]
+    if all(one == other for one, other in zip(*ranks, strict=False)):  # up to where one died
+        if 1 in told:
+            return (
+                "every rank reads the same data: the sampler is told of one process "
+                "(num_replicas=1). Without num_replicas and rank it asks the group."
+            )
+        return "every rank reads the same data: a DistributedSampler is missing, or not used."
+    if len(rows_read(notes[0])) >= STOP * GLOBAL_BATCH:
+        return (
+            f"each rank reads {GLOBAL_BATCH} rows a step, so all of them {GLOBAL_BATCH * RANKS}: "
+            "the number of micro-steps must be divided by the number of processes."
+        )
+    if same_rows(mine[:EPOCH], right[:EPOCH]):
+        if mine[EPOCH:] and mine[EPOCH] == mine[0]:
+            return "the order of the second epoch is that of the first: sampler.set_epoch(epoch)."
+        unseen = set(sum(mine[EPOCH : EPOCH + 1], [])) - set(sum(right[:EPOCH], []))
+        if len(unseen) > GLOBAL_BATCH // 2:  # of the rows that are left over
+            return "the second epoch begins too late: where does each rank's part of it end?"
+        return "the second epoch is wrong, the first is right: does the sampler know the epoch?"
+    if sorted(sum(mine[:EPOCH], [])) == sorted(sum(right[:EPOCH], [])):
+        return "the rows are right, but in another order: another seed, or another interleaving?"
+    return "the ranks do not read the rows of stage 01: seed, drop_last, and who takes which?"
+
+
+def why_not_sharded(notes):
+    """Parameters of stage 03, sharded: each rank keeps a part of each."""
+    modules = [note["module"] for note in notes[0] if note.get("call") == "fully_shard"]
+    if not modules:
+        return "nothing is sharded: fully_shard(block) for each block, then fully_shard(model)."
+    if not steps_of(notes[0])[0]["parts"]:
+        return "the optimizer still has the whole parameters: make it after fully_shard."
+    if len(modules) == 1:
+        return (
+            f"only the root is ({modules[0]}): a forward pass gathers all of the model at once. "
+            "fully_shard each block first."
+        )
+    return None
+
+
+def why_not_the_curve(curve, mine, notes):
+    """The metrics of the first steps."""
+    (right, first), last = (curve[1], mine[0]), mine[-1]
+    loss, norm = (first[key] / right[key] for key in ("loss", "grad_norm"))
+    if not near(loss, 1) and near(norm, 1):
+        if near(loss, MICRO_STEPS) or near(loss, 1 / MICRO_STEPS):
+            return (
+                f"the gradients are right, the loss is {loss:.2g} times what it should be: is it "
+                "summed over the ranks without dividing by their number?"
+            )
+        return "the gradients are right, the loss is that of one rank: all_reduce it, and divide."
+    if near(loss, norm) and not near(loss, 1):
+        return (
+            f"loss and gradients are {loss:.2g} times what they should be: accumulation is scaled "
+            "wrongly. Divide each micro-batch's loss by their number, once."
+        )
+    if not near(norm, 1):
+        return why_not_the_gradients(norm, notes)
+    for row in mine:
+        rate = curve[row["step"]]["lr"]
+        if rate and near(row["lr"] / rate, RANKS):
+            return (
+                f"the learning rate is {RANKS} times that of stage 01: multiplied by the number of "
+                "ranks? The global batch is the same, and so the rate must be."
+            )
+        if not near(row["lr"], rate):
+            return (
+                f"the learning rate is wrong from step {row['step']} on: scheduler.step() once per "
+                "step, not per micro-batch."
+            )
+    for row in mine:
+        if not near(row["loss"], curve[row["step"]]["loss"]):
+            return (
+                f"step {row['step']} is the first whose loss differs: the gradients of step 1 were "
+                "right, so what the optimizer did with them was not. Is zero_grad() called once a "
+                "step, clipping done after the last micro-batch?"
+            )
+    if "val_loss" in last and not near(last["val_loss"], curve[last["step"]]["val_loss"]):
+        return "val_loss is wrong: each rank has seen a part only; all_reduce the sum, then divide."
+    return None
+
+
+def why_not_the_gradients(norm, notes):
+    """norm: that of step 1, as a share of what it should be; the loss is right."""
+    first = [until_first_step(rank) for rank in notes]
+    calls = [note["call"] for note in first[0] if "call" in note]
+    step, clip = ([rank[key] for rank in map(summary, first)] for key in ("step", "clip"))
+    if steps_of(notes[0])[0]["parts"] and norm < 1:
+        return "the norm of the gradients is that of one rank's parts: add up the squares of all."
+    if calls.count("clip") > 1:
+        return (
+            f"the gradients are clipped {calls.count('clip')} times a step, before they are "
+            "complete: once, after the last micro-batch."
+        )
+    if len(set(step)) == 1 < len(set(clip)):
+        return "the gradients are clipped before they are averaged: each rank scales its own."
+    if near(norm, RANKS) or near(norm, 1 / RANKS):
+        return (
+            f"the loss is right, the gradients are {norm:.2g} times what they should be: they "
+            "must be averaged over the ranks, and the loss divided by the micro-batches. (AdamW "
+            "hardly notices such a factor, clipping and other optimizers do.)"
+        )
+    if len(set(step)) == 1:
+        return (
+            "the loss of step 1 is right, its gradients are equal on all ranks, and wrong: are "
+            "they averaged more than once, or before the last micro-batch is in them?"
+        )
+    text = "the loss of step 1 is right, its gradients are not averaged over the ranks: "
+    if "forward" not in calls and not set(calls) & {"all_reduce", "reduce_scatter_tensor"}:
+        return text + "the training must call DDP's model, not the one that DDP wraps."
+    if "no_sync" in calls:
+        order = [call for call in calls if call in ("no_sync", "backward")]
+        if order[-2:] == ["no_sync", "backward"] and order.count("no_sync") == 1:
+            return text + "no_sync() is around the last micro-batch instead of the others."
+        return text + "backward() of the last micro-batch must stand outside no_sync()."
+    return text + "every parameter's, once a step, after the last micro-batch's backward()?"
+
+
+def why_not_equal(notes):
+    """Weights and gradients of the ranks at each step."""
+    for step, ranks in enumerate(zip(*map(steps_of, notes), strict=False), start=1):
+        for what, key in (("weights", "weights"), ("gradients", "step")):
+            if len({rank[key] for rank in ranks}) > 1:
+                return f"the {what} at step {step} are not: each rank now trains its own model."
+    return None
+
+
+def why_not_other_numbers(notes):
+    """Random numbers, for dropout: each rank has its own."""
+    if len({steps_of(rank)[0]["rng"][0] for rank in notes}) == 1:
+        return (
+            "all ranks draw the same, so dropout drops the same units everywhere: once the weights "
+            "are made, torch.manual_seed(args.seed + rank)."
+        )
+    return None
+
+
+def why_not_interchangeable(mine, reference):
+    """Two checkpoint files: names and shapes of the weights."""
+    try:
+        # The reader's own file: it may hold what only pickle can load.
+        mine = torch.load(mine, map_location="cpu", weights_only=False)["model"]
+    except Exception as error:
+        return f"it has no model that could be loaded: {type(error).__name__}: {error}"
+    right = torch.load(reference, map_location="cpu")["model"]
+    extra, missing = sorted(mine.keys() - right.keys()), sorted(right.keys() - mine.keys())
+    if extra and extra[0].startswith(("module.", "_orig_mod.")):
+        return (
+            f"its names begin with {extra[0].split('.')[0]}., as {extra[0]}: save the model's "
+            "state, not that of the wrapper."
+        )
+    if extra or missing:
+        return f"it has other names: {(extra or missing)[0]}"
+    for name, tensor in mine.items():
+        if type(tensor) is not torch.Tensor or tensor.shape != right[name].shape:
+            return f"{name} is only a part, {type(tensor).__name__}: gather it before you save."
+    return None
+
+
+def why_no_overlap(notes):
+    """Of an averaging that is not torch's: when its first all-reduce begins."""
+    calls = [note["call"] for note in notes[0] if "call" in note]
+    if "forward" in calls:
+        return "the averaging is torch's DDP: here it is to be yours."
+    inside = False
+    for call in calls:
+        if call in ("backward", "end of backward"):
+            inside = call == "backward"
+        elif call == "all_reduce" and inside:
+            return None
+    return (
+        "the first one begins after backward() has ended: start it in a hook, "
+        "parameter.register_post_accumulate_grad_hook."
+    )
+
+
+def why_not_from_the_checkpoint(first, second):
+    """Why a second run ended badly, told from where the ranks began to read; else None."""
+    begins = [[rows_read(rank)[:8] for rank in notes] for notes in (first, second)]
+    same = [bool(one) and one == other for one, other in zip(*begins, strict=True)]
+    if any(same) and not all(same):
+        rank = same.index(True)
+        return f"rank {rank} starts over, the other goes on: every rank must load the checkpoint."
+    return None
+
+
+def why_not_the_next_rows(right, notes):
+    resumed = rows_of(notes)
+    if same_rows(resumed, right[STOP:]):
+        return None
+    if not resumed or sorted(resumed[0]) in map(sorted, right[:STOP]):
+        return (
+            "it reads rows again that it has had: step x global batch says which epoch it is and "
+            "where in it to go on."
+        )
+    return "it reads other rows: are the epoch, and the position in it, restored?"
+
+
+def why_not_resumed(curve, mine, notes):
+    weights = [steps_of(rank)[0]["weights"] for rank in notes]
+    if len(set(weights)) > 1 and not steps_of(notes[0])[0]["parts"]:
+        return "the ranks begin with different weights: every rank must load the checkpoint."
+    for row in mine:
+        right = curve[row["step"]]
+        if not near(row["lr"], right["lr"]):
+            return f"the learning rate of step {row['step']} is wrong: is the scheduler restored?"
+        if not near(row["loss"], right["loss"]):
+            return (
+                f"step {row['step']} is the first whose loss differs: are weights and optimizer "
+                "both restored, on every rank?"
+            )
+    return None
+
+
+def why_not_its_own_numbers(first, second):
+    """Random states before step 9 and after step 8."""
+    saved = [steps_of(rank)[STOP - 1]["rng"][1] for rank in first]
+    found = [steps_of(rank)[0]["rng"][0] for rank in second]
+    if found == saved:
+        return None
+    if len(set(found)) == 1:
+        return (
+            "all ranks take back one rank's, so dropout drops the same units everywhere: "
+            "all_gather_object them, save them all, and give each rank its own."
+        )
+    return "it is not restored: the dropout of a resumed run is another than without the stop."
+
+
+def near(a, b):
+    return abs(a - b) <= 1e-3 * abs(b)
+
+
+def same_rows(one, other):
+    return [sorted(rows) for rows in one] == [sorted(rows) for rows in other]
+
+
+def rows_of(ranks, per_step=None):
+    """Return a list of rows for each step, from what one or all ranks have noted."""
+    per_rank = (per_step or GLOBAL_BATCH // len(ranks)) or 1
+    rows = [rows_read(rank) for rank in ranks]
+    steps = min(map(len, rows)) // per_rank
+    return [
+        sum((rank[step * per_rank : (step + 1) * per_rank] for rank in rows), [])
+        for step in range(steps)
+    ]
+
+
+def steps_of(notes):
+    """Return what a rank has noted before each step of the optimizer."""
+    return [note for note in notes if "step" in note]
+
+
+def until_first_step(notes):
+    return notes[: notes.index(steps_of(notes)[0]) + 1]
+
+
+def summary(notes):
+    """Return the digests of the gradients when they were last clipped, and at the step."""
+    clipped = [note["grads"] for note in notes if note.get("call") == "clip"]
+    return {"step": notes[-1]["step"], "clip": (clipped or [notes[-1]["step"]])[-1]}
+
+
+def tail(output):
+    """Return the lines that name an error; without any, the last ones."""
+    lines = output.splitlines()
+    errors = [line for line in lines if re.search(r"(Error|error|Exception): ", line)]
+    return "\n".join(f"         | {line}" for line in errors[:5] or lines[-10:] or ["nothing"])

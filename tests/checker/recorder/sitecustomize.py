@@ -1,0 +1,170 @@
+"""In the processes of a script that is checked: write down what they do, for check_exercise.py.
+
+Each rank appends lines to $RECORD/RANK.jsonl: the rows it trains on, what it hands to the sampler,
+the collectives it enters and from which line, and before each optimizer step a digest of weights,
+gradients and random state. With DIE, rank 0 kills itself as soon as a checkpoint is complete. With
+QUIET, a rank that has noted nothing for so many seconds writes to RANK.stack where it is.
+"""
+
+import faulthandler
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+
+STACKS = []
+
+
+def note(**what):
+    rank = os.environ.get("RANK", "0")
+    with open(f"{os.environ['RECORD']}/{rank}.jsonl", "a") as file:
+        file.write(json.dumps(what) + "\n")
+    if "QUIET" in os.environ and "RANK" in os.environ:  # each note starts the clock again
+        if not STACKS:
+            STACKS.append(open(f"{os.environ['RECORD']}/{rank}.stack", "w"))  # noqa: SIM115
+        faulthandler.dump_traceback_later(float(os.environ["QUIET"]), file=STACKS[0])
+
+
+def die():
+    if "DIE" in os.environ and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), 9)
+
+
+def line_of_script():
+    """Return the number of the line, in a file of no library, that the call comes from."""
+    frame, libraries = sys._getframe(1), (__file__, sys.prefix, os.path.dirname(os.__file__))
+    while frame and (frame.f_code.co_filename.startswith((*libraries, "<"))):
+        frame = frame.f_back
+    return frame.f_lineno if frame else None
+
+
+def noted(owner, name, also=None):
+    """Note each call of owner.name, before it is made. also: returns more of its arguments."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        more = also(*args, **kwargs) if also else {}
+        note(call=name, line=line_of_script(), **more)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def digest(tensors):
+    parts = [getattr(tensor, "_local_tensor", tensor).detach().cpu() for tensor in tensors]
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
+
+
+def watch():
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.fsdp as fsdp
+    from datasets import Dataset
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    from torch.utils.data import DistributedSampler
+
+    if "RANK" in os.environ:
+        note(began=True)
+    getitems, save, replace, rows_from = Dataset.__getitems__, torch.save, os.replace, Dataset.map
+
+    def noted_getitems(self, keys):
+        note(rows=list(map(int, keys)))
+        return getitems(self, keys)
+
+    def noted_save(what, file, *args, **kwargs):
+        note(save=str(getattr(file, "name", file)))  # messages between ranks are "saved" too
+        save(what, file, *args, **kwargs)
+        if str(file).endswith("checkpoint.pt"):
+            die()
+
+    def noted_replace(old, new, **kwargs):
+        replace(old, new, **kwargs)
+        if str(new).endswith("checkpoint.pt"):
+            die()
+
+    def noted_map(self, function=None, *args, **kwargs):
+        began = time.time()
+        if os.environ.get("RANK") == "0" and "QUIET" in os.environ:
+            time.sleep(1)  # whoever does not wait for rank 0 is seen to begin meanwhile
+        rows = rows_from(self, function, *args, **kwargs)
+        note(map=[began, time.time()], module=getattr(function, "__module__", None))
+        return rows
+
+    Dataset.__getitems__, torch.save, os.replace = noted_getitems, noted_save, noted_replace
+    Dataset.map = noted_map
+
+    def gradients(parameters, *args, **kwargs):
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        return {"grads": digest(p.grad for p in parameters if p.grad is not None)}
+
+    def before_step(optimizer, args, kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        rng = [digest([torch.get_rng_state()])]
+        torch.rand(1)  # as dropout would
+        note(
+            step=gradients(parameters)["grads"],
+            weights=digest(parameters),
+            rng=[*rng, digest([torch.get_rng_state()])],
+            parts=sum(isinstance(p, DTensor) for p in parameters),
+        )
+
+    register_optimizer_step_pre_hook(before_step)
+    # A generator would be empty for whoever comes second: the caller's function gets a list.
+    clip = torch.nn.utils.clip_grad_norm_
+
+    @functools.wraps(clip)
+    def noted_clip(parameters, *args, **kwargs):
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        note(call="clip", **gradients(parameters))
+        return clip(parameters, *args, **kwargs)
+
+    torch.nn.utils.clip_grad_norm_ = noted_clip
+    for name in COLLECTIVES:
+        noted(dist, name)
+    noted(DDP, "forward")
+    noted(DDP, "no_sync")
+    noted(fsdp, "fully_shard", lambda module, **kwargs: {"module": type(module).__name__})
+    noted(DistributedSampler, "__init__", told)
+    backward = torch.Tensor.backward
+
+    @functools.wraps(backward)
+    def noted_backward(*args, **kwargs):
+        note(call="backward", line=line_of_script())
+        backward(*args, **kwargs)
+        note(call="end of backward")
+
+    torch.Tensor.backward = noted_backward
+
+    if "GPUS" in os.environ:  # pretended, and nothing runs on them: which one is taken is all
+
+        def take(device):
+            index = torch.device("cuda", device).index if isinstance(device, int) else device.index
+            note(gpu=index)
+
+        def init_process_group(*args, device_id=None, **kwargs):
+            if device_id is not None:
+                take(device_id)
+            os._exit(0)  # far enough
+
+        torch.cuda.is_available = lambda: True
+        torch.cuda.device_count = lambda: int(os.environ["GPUS"])
+        torch.cuda.set_device, dist.init_process_group = take, init_process_group
+
+
+COLLECTIVES = ["all_reduce", "broadcast", "barrier", "all_gather", "all_gather_object", "reduce"]
+COLLECTIVES += ["broadcast_object_list", "all_gather_into_tensor", "reduce_scatter_tensor"]
+
+
+def told(self, dataset, num_replicas=None, rank=None, *args, **kwargs):
+    return {"num_replicas": num_replicas}
+
+
+by_multiprocessing = re.search("spawn_main|forkserver", str(sys.orig_argv))
+if "RANK" in os.environ or "ALONE" in os.environ or by_multiprocessing:
+    watch()  # not in torchrun itself, nor in a launcher
