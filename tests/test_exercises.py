@@ -1,6 +1,7 @@
 """The checker of the exercises accepts the stages, and catches and names each planted mistake."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 from check_exercise import ALL, Check, Reference, processes_of
 from lab.hosts import wait_for, why_not
-from lab.stages import FOLDERS, ROOT, environment
+from lab.stages import FOLDERS, ROOT, environment, run_forked
 
 REASON = why_not()
 two_hosts = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
@@ -246,6 +247,108 @@ SHARDED = {
         "is only a part",
     ),
 }
+
+
+def my_ddp(tmp_path, *changes):
+    """Return stage 02 with the solution of its README, of which no course tests what we do."""
+    readme = (ROOT / FOLDERS["02"] / "README.md").read_text()
+    (solution,) = re.findall(r"```python\n(class MyDDP.*?)```", readme, re.DOTALL)
+    for old, new in changes:
+        assert solution.count(old) == 1, old
+        solution = solution.replace(old, new)
+    return changed(
+        "02",
+        tmp_path,
+        ("import nullcontext", "import contextmanager, nullcontext"),
+        ("@record ", f"{solution}\n\n@record "),
+        ("DDP(model, gradient_as_bucket_view=True)", "MyDDP(model)"),
+        ("        grad_norm = torch", "        ddp_model.wait()\n        grad_norm = torch"),
+    )
+
+
+def test_ddp_written_by_hand_holds(right, tmp_path):
+    results = dict(Check("ddp", my_ddp(tmp_path), right, tmp_path).all())
+    assert len(results) == ALL["ddp"] and not any(results.values()), results
+
+
+START = "parameter.register_post_accumulate_grad_hook(self.start)"
+NO_OVERLAP = "while self.works:"
+MISTAKES_BY_HAND = {
+    "after backward()": (
+        (START, "pass"),
+        (NO_OVERLAP, "for p in self.module.parameters(): self.start(p)\n        while self.works:"),
+        "the first one begins after backward() has ended",
+    ),
+    "the sum": (
+        ("parameter.grad /= dist.get_world_size()", "pass"),
+        "the gradients are 2 times what they should be",
+    ),
+    "not waited for": (("self.works.pop().wait()", "self.works.pop()"), "gradients"),
+    "other weights at the start": (
+        ("dist.broadcast(tensor.detach(), src=0)", "tensor.data += dist.get_rank() * 1e-7"),
+        "the weights at step 1 are not",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_BY_HAND)
+def test_a_mistake_in_ddp_by_hand_is_named(right, tmp_path, mistake):
+    *changes, message = MISTAKES_BY_HAND[mistake]
+    assert message in one_mistake("ddp", my_ddp(tmp_path, *changes), right, tmp_path)
+
+
+TIED = """
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.unused = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(self.one(x).tanh()).square().mean()
+
+
+SOLUTION
+
+dist.init_process_group("gloo")
+gradients = []
+for wrap in (lambda model: DDP(model, find_unused_parameters=True), MyDDP):
+    torch.manual_seed(dist.get_rank())  # so the weights are rank 0's only if they are sent
+    model = Tied()
+    ddp_model = wrap(model)
+    torch.manual_seed(100 + dist.get_rank())
+    with ddp_model.no_sync():
+        ddp_model(x=torch.randn(4, 8)).backward()
+    ddp_model(x=torch.randn(4, 8)).backward()
+    if wrap is MyDDP:
+        ddp_model.wait()
+    gradients.append([p.grad for p in model.parameters()])
+for theirs, mine in zip(*gradients, strict=True):
+    assert (theirs is None or not theirs.any()) if mine is None else torch.allclose(theirs, mine)
+assert [grad is None for grad in gradients[1]].count(True) == 2, "the unused weight and bias"
+print("equal", sum(float(grad.sum()) for grad in gradients[1] if grad is not None))
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_written_by_hand_with_tied_weights_and_an_unused_parameter(tmp_path):
+    readme = (ROOT / FOLDERS["02"] / "README.md").read_text()
+    (solution,) = re.findall(r"```python\n(class MyDDP.*?)```", readme, re.DOTALL)
+    script = tmp_path / "tied.py"
+    script.write_text(TIED.replace("SOLUTION", solution))
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = run_forked(line, 60)
+    assert done.returncode == 0, done.stderr
+    one, other = done.stdout.split("equal ")[1:]
+    assert one.strip() == other.strip(), "not the same on both ranks"
 
 
 @two_hosts

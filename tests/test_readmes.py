@@ -104,7 +104,7 @@ def blocks_of(readme, language):
 
 
 def test_the_smallest_ddp_program_averages_the_gradients(tmp_path):
-    (program,) = blocks_of("02-multi-gpu/README.md", "python")
+    program = blocks_of("02-multi-gpu/README.md", "python")[0]
     (tmp_path / "ddp.py").write_text(program)
     line = [sys.executable, "-m", RUN, "--standalone", "--nproc-per-node", "2", "ddp.py"]
     options = {"check": True, "capture_output": True, "text": True, "timeout": 100}
@@ -132,6 +132,17 @@ def test_the_lines_that_matter_make_stage_02_of_stage_01(flags, alone, tmp_path)
     words = [*line, *map(str, flags), *map(str, STEPS), "-b", "2", "-e", "run"]
     subprocess.run(words, cwd=tmp_path, env=environment(), check=True, timeout=200)
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
+
+
+def test_answers_on_paper_are_what_their_program_prints(capsys):
+    answers = 0
+    for readme in READMES:
+        form = r"On paper.*?```python\n(.*?)```\n\n```text\n(.*?)```"
+        for program, answer in re.findall(form, readme.read_text(), re.DOTALL):
+            exec(program, {})
+            assert capsys.readouterr().out == answer, readme
+            answers += 1
+    assert answers == 4
 
 
 def test_the_table_of_lines_is_that_of_the_scripts():
