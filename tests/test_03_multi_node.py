@@ -197,6 +197,28 @@ def test_torch_names_a_silent_rank_if_asked_to_but_not_with_ddp_on_gloo(hosts, l
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("debug", ["OFF", "DETAIL"])
+@pytest.mark.parametrize("fault", ["sleep", "skip", "other"])
+def test_the_hang_lab_shows_what_its_table_says(hosts, tmp_path, fault, debug):
+    page = (FOLDER / "README.md").read_text()
+    program = tmp_path / "hang.py"
+    program.write_text(re.search(r"as `hang.py`.*?```python\n(.*?)```", page, re.DOTALL)[1])
+    env = {"TORCH_FR_BUFFER_SIZE": 100, "TORCH_DISTRIBUTED_DEBUG": debug}
+    # before: not forked, because torch reads the variable while it is imported
+    runs = hosts.both(fault, script=program, before=["env"], **env)
+    output = "".join(finish(*runs, timeout=60))
+    assert all(run.returncode for run in runs), output
+    (row,) = re.findall(rf"^\| `{fault}` \|(.*)$", page, re.MULTILINE)
+    said, recorder, detail = row.strip("|").split(" | ")
+    for promise in [detail] if debug == "DETAIL" else [said, recorder]:
+        for rank, text in re.findall(r"(rank \d: |)`([^`]+)`", promise):
+            # torch puts the rank before each line of a traceback in another way
+            assert (rank + text if "entered" in text else text) in output, output
+    if fault == "skip":
+        assert "rank 1: step 3, total 8" in output and "rank 0: step 3, total 16" in output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["host without power", "cut link"])
 def test_silence_ends_all_in_time(hosts, long, tmp_path, fault):
     long += ["--timeout", 2 * TIMEOUT]

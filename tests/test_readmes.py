@@ -57,6 +57,8 @@ def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(corpus / "text", home / "my-texts")
     arguments = [word.replace("~", str(home)) for word in arguments]
+    if f"as `{script}`" in readme.read_text():
+        return  # the page has it, and a test of its own runs it
     mine = script.startswith("my_")  # what the reader writes has the flags of the stage
     path = (readme.parent / script.removeprefix("my_")).resolve()
     assert path.is_file(), f"{readme}: no such script: {script}"
