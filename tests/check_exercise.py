@@ -246,10 +246,11 @@ class Check:
         end, stacks = time.monotonic() + self.right.limit, []
         while None in [status(process) for process in started] and time.monotonic() < end:
             time.sleep(0.05)
-            stacks = [folder / f"{rank}.stack" for rank in range(RANKS)]
-            stacks = [path.read_text() if path.exists() else "" for path in stacks]
-            if all(stacks):
-                break
+            paths = [folder / f"{rank}.stack" for rank in range(RANKS)]
+            found = [path.read_text() if path.exists() else "" for path in paths]
+            if any(found) and not stacks:
+                end = time.monotonic() + 2  # for the others to say where they are
+            stacks = found if any(found) else []
         codes = [status(process) for process in started]
         time.sleep(0.5)
         rest = left = processes_of(folder)
@@ -264,7 +265,7 @@ class Check:
             hosts.down()
         code = None if None in codes else max(map(abs, codes))
         text = output.read_text() if output.exists() else ""
-        return code, text, len(left), notes_of(folder, RANKS), stacks if all(stacks) else []
+        return code, text, len(left), notes_of(folder, RANKS), stacks
 
 
 def status(process):

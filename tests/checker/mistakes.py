@@ -26,7 +26,8 @@ def why_it_stopped(notes, stacks, script, output):
         places = []
         for rank, stack in enumerate(stacks):
             lines = re.findall(rf'File "{re.escape(str(script))}", line (\d+)', stack)
-            places.append(f"rank {rank} is in {at(int(lines[0]) if lines else None)}")
+            where = f"is in {at(int(lines[0]) if lines else None)}"
+            places.append(f"rank {rank} {where if stack else 'has ended, or goes on alone'}")
         return (
             "it hangs. Each rank must enter the same collectives in the same order, and here\n"
             + "\n".join(f"         | {place}" for place in places)

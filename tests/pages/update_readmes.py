@@ -106,8 +106,32 @@ def gpt2(page):
     return "\n".join([*lines, "", f"{more}{stop:.1f} s.", line])
 
 
+CHECKPOINT = {
+    "model": "you start over",
+    "optimizer": "AdamW's averages start at zero: the loss jumps",
+    "scheduler": "the learning rate warms up again",
+    "step": "the same rows come again, others never",
+    "rng": "dropout draws other numbers: it is not the same run any more",
+    "rng_of": "random states of another device or number of ranks would be taken for one's own",
+    "total_steps": "the log cannot say that the schedule has been stretched",
+    "flags": "you resume with another seed or other data (which it identifies), and never notice",
+    "metrics_size": "`metrics.jsonl` shows steps twice: on a resume it is cut to this size",
+}
+
+
+def checkpoint(page):
+    found, line = measured("saving")
+    lines = ["| in `checkpoint.pt` | size | without it |", "|---|---|---|"]
+    for name, text in CHECKPOINT.items():
+        size = found["bytes"][name]
+        shown = f"{size / 1e6:.1f} MB" if size > 1e5 else f"{size:,} bytes"
+        lines.append(f"| `{name}` | {shown} | {text} |")
+    assert CHECKPOINT.keys() == found["bytes"].keys(), found["bytes"]
+    return "\n".join([*lines, "", line])
+
+
 PARTS = {"flags": flags, "diff": diff, "ceiling": ceiling, "scaling": scaling}
-PARTS |= {"links": links, "start": start, "gpt2": gpt2}
+PARTS |= {"links": links, "start": start, "gpt2": gpt2, "checkpoint": checkpoint}
 
 
 def main():
