@@ -50,7 +50,14 @@ def one_mistake(stage, script, right, tmp_path):
     return wrong[0]
 
 
-@pytest.mark.parametrize("stage", ["02", pytest.param("03", marks=two_hosts), "04"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "02",
+        pytest.param("03", marks=[two_hosts, pytest.mark.slow]),
+        pytest.param("04", marks=pytest.mark.slow),
+    ],
+)
 def test_the_stages_hold(tmp_path, stage):
     """As participants start it."""
     line = [sys.executable, ROOT / "tests" / "check_exercise.py", stage, source_of(stage)]
