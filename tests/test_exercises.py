@@ -211,7 +211,16 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+def some_slow(mistakes, *fast):
+    """Return parameters of which only some are tried by default."""
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in mistakes]
+
+
+FAST = ["micro-steps not divided", "no set_epoch", "always no_sync", "the loss of one rank"]
+FAST += ["all ranks save", "the same dropout everywhere", "only rank 0's weights restored"]
+
+
+@pytest.mark.parametrize("mistake", some_slow(MISTAKES, *FAST))
 def test_a_planted_mistake_is_named(right, tmp_path, mistake):
     *changes, message = MISTAKES[mistake]
     found = one_mistake("02", changed("02", tmp_path, *changes), right, tmp_path)
@@ -298,7 +307,7 @@ MISTAKES_BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES_BY_HAND)
+@pytest.mark.parametrize("mistake", some_slow(MISTAKES_BY_HAND, "the sum"))
 def test_a_mistake_in_ddp_by_hand_is_named(right, tmp_path, mistake):
     *changes, message = MISTAKES_BY_HAND[mistake]
     assert message in one_mistake("ddp", my_ddp(tmp_path, *changes), right, tmp_path)
@@ -359,7 +368,7 @@ def test_ddp_written_by_hand_with_tied_weights_and_an_unused_parameter(tmp_path)
 
 
 @two_hosts
-@pytest.mark.parametrize("mistake", SHARDED)
+@pytest.mark.parametrize("mistake", some_slow(SHARDED, "only the root"))
 def test_a_mistake_in_sharding_is_named(right_when_sharded, tmp_path, mistake):
     *changes, message = SHARDED[mistake]
     script = changed("sharded", tmp_path, *changes)
@@ -375,6 +384,7 @@ def test_a_script_that_does_not_start_is_shown_with_what_it_said(tmp_path):
     assert "ValueError: not ready yet" in done.stdout and "WRONG  it trains" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_no_sync_all_holds(right, tmp_path):
     """It costs time, and changes nothing."""
     script = changed("02", tmp_path, (NO_SYNC, "nullcontext()"))
