@@ -40,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 
+@pytest.mark.slow
 def test_the_first_command_learns_writes_python_and_leaves_nothing(tmp_path):
     script = tmp_path / "01-single-gpu" / "train_llm.py"
     script.parent.mkdir()

@@ -350,7 +350,8 @@ for wrap in (lambda model: DDP(model, find_unused_parameters=True), MyDDP):
 for theirs, mine in zip(*gradients, strict=True):
     assert (theirs is None or not theirs.any()) if mine is None else torch.allclose(theirs, mine)
 assert [grad is None for grad in gradients[1]].count(True) == 2, "the unused weight and bias"
-print("equal", sum(float(grad.sum()) for grad in gradients[1] if grad is not None))
+total = sum(float(grad.sum()) for grad in gradients[1] if grad is not None)
+print(f"equal {total}\\n", end="", flush=True)
 dist.destroy_process_group()
 """
 
