@@ -96,7 +96,7 @@ class Reference:
             subprocess.run(line, env=env, check=True, capture_output=True)
         seconds = time.monotonic() - began
         # A run of two processes that takes longer is endless, one that is silent longer hangs.
-        self.limit, self.quiet = max(40, 5 * seconds), max(12, 1.5 * seconds)
+        self.limit, self.quiet = max(30, 4 * seconds), max(12, 1.5 * seconds)
         self.curve = metrics(folder / "reference")
         self.checkpoint = folder / "reference" / "checkpoint.pt"
         self.rows = mistakes.rows_of(notes_of(folder / "reference-notes", 1))
@@ -135,6 +135,9 @@ class Check:
         yield trains, None
         if mine[0].get("world_size") != RANKS:
             yield "the processes are one training", "metrics.jsonl says world_size is not 2"
+        if wrong := mistakes.why_none_writes(notes, self.run_dir):  # then none was killed either
+            yield "one rank writes the checkpoint", wrong
+            return
         wrong = mistakes.why_it_goes_on(code, left, self.right.limit)
         yield "a killed rank ends the whole run", wrong
         if len(mine) != len({row["step"] for row in mine}):
@@ -179,7 +182,8 @@ class Check:
                 run_forked(list(map(str, line)), self.right.limit, env)
             else:
                 line = [sys.executable, *map(str, line)]
-                subprocess.run(line, env=env, capture_output=True, timeout=self.right.limit)
+                with suppress(subprocess.TimeoutExpired):  # it has taken none
+                    subprocess.run(line, env=env, capture_output=True, timeout=self.right.limit)
             gpus = {1: notes_of(self.folder / "gpus", rank + 1)[rank]}
         what = "each rank takes the GPU of its local rank"
         for local_rank, notes in gpus.items():

@@ -153,6 +153,11 @@ MISTAKES = {
         ("        optimizer.zero_grad()", "        time.sleep(1000 * (rank == 1 and step == 3))"),
         "rank 1 is in line",
     ),
+    "no checkpoint, and no end": (
+        ("save_now = step % args.ckpt_freq == 0 or step == total_steps", "save_now = False"),
+        ("while step < total_steps:", "while True:"),
+        "none does: with --ckpt-freq 8",
+    ),
     "all ranks save": (
         ("if writes and save_now", "if run_dir and save_now"),
         ("metrics.stat()", "(run_dir / 'metrics.jsonl').stat()"),

@@ -56,8 +56,18 @@ def why_it_goes_on(code, left, seconds):
     return None
 
 
+def saving_ranks(notes, run_dir):
+    return sum(any(str(run_dir) in note.get("save", "") for note in rank) for rank in notes)
+
+
+def why_none_writes(notes, run_dir):
+    if not saving_ranks(notes, run_dir):
+        return f"none does: with --ckpt-freq {STOP} there should be one after step {STOP}."
+    return None
+
+
 def why_not_one_writes(notes, run_dir):
-    saving = sum(any(str(run_dir) in note.get("save", "") for note in rank) for rank in notes)
+    saving = saving_ranks(notes, run_dir)
     if saving != 1:
         return f"{saving} ranks do: they overwrite each other's file. Save if rank == 0."
     return None
