@@ -9,7 +9,7 @@ import sys
 import pytest
 from check_exercise import ALL, Check, Reference, processes_of
 from lab.hosts import wait_for, why_not
-from lab.stages import FOLDERS, ROOT, environment, run_forked
+from lab.stages import FOLDERS, ROOT, SHARDED, environment, run_forked
 
 REASON = why_not()
 two_hosts = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
@@ -26,8 +26,7 @@ def right_when_sharded(tmp_path_factory):
 
 
 def source_of(stage):
-    name = "train_llm_sharded.py" if stage == "sharded" else "train_llm.py"
-    return ROOT / FOLDERS["03" if stage == "sharded" else stage] / name
+    return SHARDED if stage == "sharded" else ROOT / FOLDERS[stage] / "train_llm.py"
 
 
 def changed(stage, tmp_path, *changes):
@@ -249,7 +248,7 @@ def test_rows_that_spawned_processes_do_not_find_are_named(right, tmp_path):
 LOCAL_NORM = (
     "grad_norm = torch.stack([p.grad.to_local().norm() for p in model.parameters()]).norm()"
 )
-SHARDED = {
+MISTAKES_IN_SHARDING = {
     "nothing": (("shard(model.train(), args.compile)", "model.train()"), "nothing is sharded"),
     "only the root": (
         ("        fully_shard(block, reshard_after_forward=True)\n", "        pass\n"),
@@ -270,10 +269,14 @@ SHARDED = {
 }
 
 
-def my_ddp(tmp_path, *changes):
-    """Return stage 02 with the solution of its README, of which no course tests what we do."""
+def solution_by_hand():
     readme = (ROOT / FOLDERS["02"] / "README.md").read_text()
-    (solution,) = re.findall(r"```python\n(class MyDDP.*?)```", readme, re.DOTALL)
+    return re.search(r"```python\n(class MyDDP.*?)```", readme, re.DOTALL)[1]
+
+
+def my_ddp(tmp_path, *changes):
+    """Return stage 02 with the solution of its README, changed."""
+    solution = solution_by_hand()
     for old, new in changes:
         assert solution.count(old) == 1, old
         solution = solution.replace(old, new)
@@ -292,12 +295,13 @@ def test_ddp_written_by_hand_holds(right, tmp_path):
     assert len(results) == ALL["ddp"] and not any(results.values()), results
 
 
-START = "parameter.register_post_accumulate_grad_hook(self.start)"
-NO_OVERLAP = "while self.works:"
 MISTAKES_BY_HAND = {
     "after backward()": (
-        (START, "pass"),
-        (NO_OVERLAP, "for p in self.module.parameters(): self.start(p)\n        while self.works:"),
+        ("parameter.register_post_accumulate_grad_hook(self.start)", "pass"),
+        (
+            "while self.works:",
+            "for p in self.module.parameters(): self.start(p)\n        while self.works:",
+        ),
         "the first one begins after backward() has ended",
     ),
     "the sum": (
@@ -362,10 +366,8 @@ dist.destroy_process_group()
 
 
 def test_ddp_written_by_hand_with_tied_weights_and_an_unused_parameter(tmp_path):
-    readme = (ROOT / FOLDERS["02"] / "README.md").read_text()
-    (solution,) = re.findall(r"```python\n(class MyDDP.*?)```", readme, re.DOTALL)
     script = tmp_path / "tied.py"
-    script.write_text(TIED.replace("SOLUTION", solution))
+    script.write_text(TIED.replace("SOLUTION", solution_by_hand()))
     line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = run_forked(line, 60)
     assert done.returncode == 0, done.stderr
@@ -374,9 +376,9 @@ def test_ddp_written_by_hand_with_tied_weights_and_an_unused_parameter(tmp_path)
 
 
 @two_hosts
-@pytest.mark.parametrize("mistake", some_slow(SHARDED, "only the root"))
+@pytest.mark.parametrize("mistake", some_slow(MISTAKES_IN_SHARDING, "only the root"))
 def test_a_mistake_in_sharding_is_named(right_when_sharded, tmp_path, mistake):
-    *changes, message = SHARDED[mistake]
+    *changes, message = MISTAKES_IN_SHARDING[mistake]
     script = changed("sharded", tmp_path, *changes)
     assert message in one_mistake("sharded", script, right_when_sharded, tmp_path)
 

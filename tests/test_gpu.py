@@ -18,6 +18,7 @@ from lab.material import make_model
 from lab.stages import (
     FOLDERS,
     ROOT,
+    SHARDED,
     STEPS,
     command,
     environment,
@@ -29,21 +30,23 @@ from lab.stages import (
 
 COUNT = torch.cuda.device_count()  # asks NVML: nothing that a forked process could not use is made
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(COUNT))))
-SHARDED = ROOT / FOLDERS["03"] / "train_llm_sharded.py"
 EXACT = ["--dtype", "fp32", "--no-compile"]  # as on the CPU
 pytestmark = pytest.mark.skipif(COUNT == 0, reason="no GPU")
 
 
+def first_gpus(count):
+    return {"CUDA_VISIBLE_DEVICES": ",".join(VISIBLE.split(",")[:count])}
+
+
 def on_gpus(stage, *flags, processes=None, env=None, **options):
     """Run a stage on GPUs, one process each."""
-    visible = ",".join(VISIBLE.split(",")[: processes or 1])
-    env = (env or {}) | {"CUDA_VISIBLE_DEVICES": visible}
+    env = (env or {}) | first_gpus(processes or 1)
     return train(stage, *flags, processes=processes, env=env, forked=False, **options)
 
 
 def visible_to(processes, line):
     """Run a command line that may use so many GPUs; return the finished process."""
-    env = environment(CUDA_VISIBLE_DEVICES=",".join(VISIBLE.split(",")[:processes]))
+    env = environment(**first_gpus(processes))
     return subprocess.run(map(str, line), env=env, capture_output=True, text=True, timeout=300)
 
 

@@ -16,6 +16,7 @@ from lab.hosts import Hosts, finish, wait_for, why_not
 from lab.stages import (
     FOLDERS,
     ROOT,
+    SHARDED,
     STEPS,
     be_python,
     environment,
@@ -30,7 +31,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, LlamaConfig
 
 STAGE_03 = ROOT / FOLDERS["03"] / "train_llm.py"
-SHARDED = ROOT / FOLDERS["03"] / "train_llm_sharded.py"
 MOMENTS = ["exp_avg", "exp_avg_sq"]  # of the gradients, in AdamW
 
 

@@ -15,6 +15,7 @@ import torch.distributed.run
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu", "03": "03-multi-node"}
 FOLDERS |= {"04": "04-manual-spawn"}
+SHARDED = ROOT / FOLDERS["03"] / "train_llm_sharded.py"
 
 # A short run of which every step is logged, and the 8th and 16th saved.
 STEPS = ["--max-steps", 16, "--log-freq", 1, "--ckpt-freq", 8, "--global-batch-size", 8]

@@ -59,10 +59,15 @@ def rows_of(found):
         yield f"| {name} | {median} | {spread} |"
 
 
-def ceiling(page):
-    found, line = measured("ceiling")
-    head = ["| one process | tokens/s | of the bare loop: median (spread) |", "|---|---|---|"]
-    return "\n".join([*head, *rows_of(found), "", line])
+def medians(section, *columns):
+    """Return the function that makes a section's table of medians and ratios."""
+
+    def table(page):
+        found, line = measured(section)
+        head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        return "\n".join([*head, *rows_of(found), "", line])
+
+    return table
 
 
 def scaling(page):
@@ -87,12 +92,6 @@ def links(page):
         cells = [row["link"], row["batch"], f"{row['seconds']:.3f}", expected, difference]
         lines.append(f"| {' | '.join(map(str, cells))} | {free / row['seconds']:.0%} |")
     return "\n".join([*lines, "", line])
-
-
-def start(page):
-    found, line = measured("start")
-    head = ["| from the command to the first step | seconds | of a warm start |", "|---|---|---|"]
-    return "\n".join([*head, *rows_of(found), "", line])
 
 
 def gpt2(page):
@@ -130,8 +129,12 @@ def checkpoint(page):
     return "\n".join([*lines, "", line])
 
 
-PARTS = {"flags": flags, "diff": diff, "ceiling": ceiling, "scaling": scaling}
-PARTS |= {"links": links, "start": start, "gpt2": gpt2, "checkpoint": checkpoint}
+PARTS = {"flags": flags, "diff": diff, "scaling": scaling, "links": links, "gpt2": gpt2}
+PARTS |= {
+    "checkpoint": checkpoint,
+    "ceiling": medians("ceiling", "one process", "tokens/s", "of the bare loop: median (spread)"),
+    "start": medians("start", "from the command to the first step", "seconds", "of a warm start"),
+}
 
 
 def main():

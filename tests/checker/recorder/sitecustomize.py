@@ -1,9 +1,10 @@
 """In the processes of a script that is checked: write down what they do, for check_exercise.py.
 
-Each rank appends lines to $RECORD/RANK.jsonl: the rows it trains on, what it hands to the sampler,
-the collectives it enters and from which line, and before each optimizer step a digest of weights,
-gradients and random state. With DIE, rank 0 kills itself as soon as a checkpoint is complete. With
-QUIET, a rank that has noted nothing for so many seconds writes to RANK.stack where it is.
+Each rank appends lines to $RECORD/RANK.jsonl: the rows it trains on, that it saves, the GPU it
+takes. With DIE, rank 0 kills itself as soon as a checkpoint is complete. With QUIET, for the
+checker, also the collectives and from which line, and before each optimizer step a digest of
+weights, gradients and random state; and a rank that has noted nothing for QUIET seconds writes to
+RANK.stack where it is.
 """
 
 import faulthandler
@@ -62,16 +63,9 @@ def digest(tensors):
 def watch():
     import torch
     import torch.distributed as dist
-    import torch.distributed.fsdp as fsdp
     from datasets import Dataset
-    from torch.distributed.tensor import DTensor
-    from torch.nn.parallel import DistributedDataParallel as DDP
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
-    from torch.utils.data import DistributedSampler
 
-    if "RANK" in os.environ:
-        note(began=True)
-    getitems, save, replace, rows_from = Dataset.__getitems__, torch.save, os.replace, Dataset.map
+    getitems, save, replace = Dataset.__getitems__, torch.save, os.replace
 
     def noted_getitems(self, keys):
         note(rows=list(map(int, keys)))
@@ -88,59 +82,7 @@ def watch():
         if str(new).endswith("checkpoint.pt"):
             die()
 
-    def noted_map(self, function=None, *args, **kwargs):
-        began = time.time()
-        if os.environ.get("RANK") == "0" and "QUIET" in os.environ:
-            time.sleep(1)  # whoever does not wait for rank 0 is seen to begin meanwhile
-        rows = rows_from(self, function, *args, **kwargs)
-        note(map=[began, time.time()], module=getattr(function, "__module__", None))
-        return rows
-
     Dataset.__getitems__, torch.save, os.replace = noted_getitems, noted_save, noted_replace
-    Dataset.map = noted_map
-
-    def gradients(parameters, *args, **kwargs):
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        return {"grads": digest(p.grad for p in parameters if p.grad is not None)}
-
-    def before_step(optimizer, args, kwargs):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        rng = [digest([torch.get_rng_state()])]
-        if "QUIET" in os.environ:
-            torch.rand(1)  # as dropout would, which the checker's model does not have
-        note(
-            step=gradients(parameters)["grads"],
-            weights=digest(parameters),
-            rng=[*rng, digest([torch.get_rng_state()])],
-            parts=sum(isinstance(p, DTensor) for p in parameters),
-        )
-
-    register_optimizer_step_pre_hook(before_step)
-    # A generator would be empty for whoever comes second: the caller's function gets a list.
-    clip = torch.nn.utils.clip_grad_norm_
-
-    @functools.wraps(clip)
-    def noted_clip(parameters, *args, **kwargs):
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        note(call="clip", **gradients(parameters))
-        return clip(parameters, *args, **kwargs)
-
-    torch.nn.utils.clip_grad_norm_ = noted_clip
-    for name in COLLECTIVES:
-        noted(dist, name)
-    noted(DDP, "forward")
-    noted(DDP, "no_sync")
-    noted(fsdp, "fully_shard", lambda module, **kwargs: {"module": type(module).__name__})
-    noted(DistributedSampler, "__init__", told)
-    backward = torch.Tensor.backward
-
-    @functools.wraps(backward)
-    def noted_backward(*args, **kwargs):
-        note(call="backward", line=line_of_script())
-        backward(*args, **kwargs)
-        note(call="end of backward")
-
-    torch.Tensor.backward = noted_backward
 
     if "GPUS" in os.environ:  # pretended, and nothing runs on them: which one is taken is all
 
@@ -158,6 +100,68 @@ def watch():
         torch.cuda.set_device, dist.init_process_group = take, init_process_group
 
 
+def watch_closely():
+    """Note what the checker asks for, and no other test."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.fsdp as fsdp
+    from datasets import Dataset
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    from torch.utils.data import DistributedSampler
+
+    if "RANK" in os.environ:
+        note(began=True)
+    rows_from, clip = Dataset.map, torch.nn.utils.clip_grad_norm_
+    backward = torch.Tensor.backward
+
+    def noted_map(self, function=None, *args, **kwargs):
+        began = time.time()
+        if os.environ.get("RANK") == "0":
+            time.sleep(1)  # whoever does not wait for rank 0 is seen to begin meanwhile
+        rows = rows_from(self, function, *args, **kwargs)
+        note(map=[began, time.time()], module=getattr(function, "__module__", None))
+        return rows
+
+    def gradients(parameters):
+        return digest(p.grad for p in parameters if p.grad is not None)
+
+    @functools.wraps(clip)
+    def noted_clip(parameters, *args, **kwargs):
+        # A list, because a generator would be empty for whoever comes second.
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        note(call="clip", grads=gradients(parameters))
+        return clip(parameters, *args, **kwargs)
+
+    @functools.wraps(backward)
+    def noted_backward(*args, **kwargs):
+        note(call="backward", line=line_of_script())
+        backward(*args, **kwargs)
+        note(call="end of backward")
+
+    def before_step(optimizer, args, kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = digest([torch.get_rng_state()])
+        torch.rand(1)  # as dropout would, which the checker's model does not have
+        note(
+            step=gradients(parameters),
+            weights=digest(parameters),
+            rng=[before, digest([torch.get_rng_state()])],
+            parts=sum(isinstance(p, DTensor) for p in parameters),
+        )
+
+    Dataset.map, torch.nn.utils.clip_grad_norm_ = noted_map, noted_clip
+    torch.Tensor.backward = noted_backward
+    register_optimizer_step_pre_hook(before_step)
+    for name in COLLECTIVES:
+        noted(dist, name)
+    noted(DDP, "forward")
+    noted(DDP, "no_sync")
+    noted(fsdp, "fully_shard", lambda module, **kwargs: {"module": type(module).__name__})
+    noted(DistributedSampler, "__init__", told)
+
+
 COLLECTIVES = ["all_reduce", "broadcast", "barrier", "all_gather", "all_gather_object", "reduce"]
 COLLECTIVES += ["broadcast_object_list", "all_gather_into_tensor", "reduce_scatter_tensor"]
 
@@ -169,3 +173,5 @@ def told(self, dataset, num_replicas=None, rank=None, *args, **kwargs):
 by_multiprocessing = re.search("spawn_main|forkserver", str(sys.orig_argv))
 if "RANK" in os.environ or "ALONE" in os.environ or by_multiprocessing:
     watch()  # not in torchrun itself, nor in a launcher
+    if "QUIET" in os.environ:
+        watch_closely()
