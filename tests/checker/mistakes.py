@@ -20,7 +20,8 @@ def why_it_stopped(notes, stacks, script, output):
     source, said = script.read_text().splitlines(), tail(output)
 
     def at(line):
-        return f"line {line}: {source[line - 1].strip()}" if line else "a library"
+        text = "".join(source[line - 1 : line]) if line else ""  # none in a file that it imports
+        return f"line {line}: {text.strip()}" if line else "a library"
 
     if stacks:
         places = []
