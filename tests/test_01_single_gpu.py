@@ -16,6 +16,7 @@ import termios
 import time
 from argparse import Namespace
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ import transformers
 from lab.stages import (
     ROOT,
     STEPS,
+    apply,
     command,
     environment,
     fork,
@@ -30,6 +32,7 @@ from lab.stages import (
     notes_of,
     recorded,
     rows_read,
+    run_forked,
     same_weights,
     train,
     worst_difference,
@@ -70,9 +73,10 @@ def test_the_log_shows_the_batches_and_the_rows_of_metrics(alone):
         assert "  ".join(f"{name} {value:.6g}" for name, value in row.items()) in log
 
 
-def run_and_kill(flags, ready):
+def run_and_kill(flags, ready, script=None):
     """Start stage 01 and kill it with SIGKILL as soon as ready() says so; False if it ended."""
-    process = fork(command("01", *flags)[1:])
+    at, *words = command("01", *flags)[1:]
+    process = fork([script or at, *words])
     while process.exitcode is None and not ready():
         time.sleep(0.0002)
     process.kill()
@@ -109,8 +113,16 @@ def wide(wide_model, corpus, tmp_path_factory):
     return flags, folder / "whole"
 
 
-def test_killed_while_saving_ends_with_the_same_weights(wide, tmp_path):
+@pytest.mark.parametrize("script", ["the stage", "the exercise"])
+def test_killed_while_saving_ends_with_the_same_weights(wide, tmp_path, script):
+    """The stage, and the solution of the exercise that saves in the background."""
     flags, whole = [*wide[0], "--save-dir", tmp_path, "-e", "killed"], wide[1]
+    path = str(ROOT / "01-single-gpu" / "train_llm.py")
+    if script == "the exercise":
+        readme = (ROOT / "01-single-gpu" / "README.md").read_text()
+        diff = re.search(r"```diff\n(@@.*?)```", readme, re.DOTALL)[1]
+        source, path = Path(path).read_text(), str(tmp_path / "my_train_llm.py")
+        Path(path).write_text(apply(diff, source))
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     partial = checkpoint.with_suffix(".partial")
     inside = 0
@@ -119,13 +131,16 @@ def test_killed_while_saving_ends_with_the_same_weights(wide, tmp_path):
             flags,
             # The second checkpoint, so that there is one to lose.
             lambda: checkpoint.exists() and partial.exists() and partial.stat().st_size > 0,
+            path,
         )
         inside += partial.exists()
         if inside:
             break
     assert inside, "no kill hit the saving of a checkpoint"
-    train("01", *flags)
+    done = run_forked([path, *map(str, flags)], 180)
+    assert done.returncode == 0 and re.search("step [2-6] of 8, folder", done.stderr), done.stderr
     assert same_weights(whole, tmp_path / "killed")
+    assert worst_difference(metrics(whole), metrics(tmp_path / "killed")) == 0
     assert not partial.exists()
 
 

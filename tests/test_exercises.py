@@ -49,16 +49,14 @@ def one_mistake(stage, script, right, tmp_path):
     return wrong[0]
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        "02",
-        pytest.param("03", marks=[two_hosts, pytest.mark.slow]),
-        pytest.param("04", marks=pytest.mark.slow),
-    ],
-)
-def test_the_stages_hold(tmp_path, stage):
-    """As participants start it."""
+def test_stage_02_holds(right, tmp_path):
+    results = dict(Check("02", source_of("02"), right, tmp_path).all())
+    assert len(results) == ALL["02"] and not any(results.values()), results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["02", pytest.param("03", marks=two_hosts), "04"])
+def test_the_stages_hold_as_participants_start_it(tmp_path, stage):
     line = [sys.executable, ROOT / "tests" / "check_exercise.py", stage, source_of(stage)]
     env = environment(TMPDIR=tmp_path)
     done = subprocess.run(line, env=env, capture_output=True, text=True)

@@ -10,7 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab.stages import FOLDERS, ROOT, STEPS, environment, metrics, worst_difference
+from lab.stages import (
+    FOLDERS,
+    ROOT,
+    STEPS,
+    apply,
+    environment,
+    metrics,
+    run_forked,
+    worst_difference,
+)
 
 RUN = "torch.distributed.run"  # what torchrun starts
 READMES = sorted([ROOT / "README.md", *ROOT.glob("*/*.md")])
@@ -51,6 +60,13 @@ def parse(script, arguments):
         sys.argv = before
 
 
+def run(words, folder, **env):
+    """Run `python WORDS` in a folder; return what it printed. The libraries are there already."""
+    done = run_forked(list(map(str, words)), 200, environment(**env), folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("readme, line", list(commands()))
 def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
     env, launcher, script, arguments = words_of(line)
@@ -76,14 +92,9 @@ def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
         return  # the same but for its name: the first command of the README has run
     steps = "10" if "--profile" in arguments else "2"
     more = ["--max-steps", steps, "--save-dir", tmp_path / "outputs"]
-    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", RUN]}
-    subprocess.run(
-        [*programs[launcher[0]], *launcher[1:], script, *arguments, *more],
-        cwd=readme.parent,
-        env=environment(WANDB_MODE=None, **env),
-        check=True,
-        timeout=200,
-    )
+    programs = {"python": [], "torchrun": ["-m", RUN]}
+    words = [*programs[launcher[0]], *launcher[1:], script, *arguments, *more]
+    run(words, readme.parent, WANDB_MODE=None, **env)
 
 
 def test_commands_inside_the_text_parse():
@@ -108,12 +119,10 @@ def blocks_of(readme, language):
 def test_the_smallest_ddp_program_averages_the_gradients(tmp_path):
     program = blocks_of("02-multi-gpu/README.md", "python")[0]
     (tmp_path / "ddp.py").write_text(program)
-    line = [sys.executable, "-m", RUN, "--standalone", "--nproc-per-node", "2", "ddp.py"]
-    options = {"check": True, "capture_output": True, "text": True, "timeout": 100}
-    done = subprocess.run(line, cwd=tmp_path, env=environment(), **options)
+    printed = run(["-m", RUN, "--standalone", "--nproc-per-node", 2, "ddp.py"], tmp_path)
     form = r"rank (\d): row \[\[(\S+), \S+\]\], gradient \[\[(\S+), \S+\]\], weights (.*)"
-    one, other = sorted(re.findall(form, done.stdout))
-    assert one[:3] == ("0", "1.0", "1.5") and other[:3] == ("1", "2.0", "1.5"), done.stdout
+    one, other = sorted(re.findall(form, printed))
+    assert one[:3] == ("0", "1.0", "1.5") and other[:3] == ("1", "2.0", "1.5"), printed
     assert one[3] == other[3]
     (said,) = (
         block for block in blocks_of("02-multi-gpu/README.md", "text") if "gradient [[" in block
@@ -123,16 +132,10 @@ def test_the_smallest_ddp_program_averages_the_gradients(tmp_path):
 
 def test_the_lines_that_matter_make_stage_02_of_stage_01(flags, alone, tmp_path):
     script = (ROOT / FOLDERS["01"] / "train_llm.py").read_text()
-    block = blocks_of("02-multi-gpu/README.md", "diff")[0]
-    for part in re.split("^@@.*\n", block, flags=re.MULTILINE)[1:]:
-        lines = part.splitlines(keepends=True)
-        old, new = ("".join(x[1:] for x in lines if x[0] in " " + sign) for sign in "-+")
-        assert script.count(old) == 1, old
-        script = script.replace(old, new)
+    script = apply(blocks_of("02-multi-gpu/README.md", "diff")[0], script)
     (tmp_path / "my_train_llm.py").write_text(script)
-    line = [sys.executable, "-m", RUN, "--standalone", "--nproc-per-node", "2", "my_train_llm.py"]
-    words = [*line, *map(str, flags), *map(str, STEPS), "-b", "2", "-e", "run"]
-    subprocess.run(words, cwd=tmp_path, env=environment(), check=True, timeout=200)
+    line = ["-m", RUN, "--standalone", "--nproc-per-node", 2, "my_train_llm.py"]
+    run([*line, *flags, *STEPS, "-b", 2, "-e", "run"], tmp_path)
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
 
 

@@ -36,6 +36,12 @@ def slurm(tmp_path_factory):
     slurm.down()
 
 
+@pytest.fixture(autouse=True)
+def no_job_of_another_test(slurm):
+    yield
+    slurm.command("scancel", "--user=root")
+
+
 @pytest.fixture
 def repository(tmp_path):
     """A copy, since jobs write their output where they are submitted."""
@@ -90,13 +96,16 @@ class Job:
         print(f"{self.name}: {state} after {time.time() - self.began:.0f} s")
         return state
 
-    def wait_for(self, text):
+    def wait_for(self, pattern):
+        """Wait until the output, which comes later than metrics.jsonl, matches a pattern."""
         ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
         wait_for(
-            lambda: text in self.output() or self.slurm.state_of(self.number)[0] in ends,
-            what=f"{text} in {self.output()}",
+            lambda: (
+                re.search(pattern, self.output()) or self.slurm.state_of(self.number)[0] in ends
+            ),
+            what=lambda: f"{pattern} in {self.output()}",
         )
-        assert text in self.output(), self.output()
+        assert re.search(pattern, self.output()), self.output()
 
     def wait_for_attempt(self, number):
         """Wait until the job has been requeued and has begun again."""
@@ -120,7 +129,7 @@ def last_step(run_dir):
 
 def nothing_left(slurm, what):
     began = time.monotonic()
-    wait_for(lambda: slurm.left_behind() == [], timeout=40, what=slurm.left_behind())
+    wait_for(lambda: slurm.left_behind() == [], timeout=40, what=slurm.left_behind)
     print(f"{what}: nothing left on the nodes after {time.monotonic() - began:.0f} s")
 
 
@@ -158,7 +167,7 @@ def test_one_node_goes_on_after_the_warning(slurm, repository, endless):
     job.wait_for_attempt(1)
     step = saved_step(job.run_dir)
     wait_for(lambda: last_step(job.run_dir) > step, what="steps after the requeue")
-    assert re.search(r"step [1-9]\d*0 of 1000000, folder: ", job.output())
+    job.wait_for(r"step [1-9]\d*0 of 1000000, folder: ")
     slurm.command("scancel", job.number)
     nothing_left(slurm, "scancel")
 
@@ -309,7 +318,7 @@ def test_stage_04_requeues_and_saves(slurm, repository, endless):
     job.wait_for_attempt(1)
     stopped = saved_step(job.run_dir)
     wait_for(lambda: last_step(job.run_dir) > stopped, what="steps after the requeue")
-    assert f"step {stopped} of 1000000, folder: " in job.output()
+    job.wait_for(f"step {stopped} of 1000000, folder: ")
     slurm.command("scancel", job.number)
     nothing_left(slurm, "scancel")
     assert saved_step(job.run_dir) == last_step(job.run_dir) > stopped

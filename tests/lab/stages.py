@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -80,18 +81,19 @@ forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(LIBRARIES)
 
 
-def fork(words, outputs=(os.devnull, os.devnull), env=None):
+def fork(words, outputs=(os.devnull, os.devnull), env=None, cwd=None):
     """Start a script with its flags as `python SCRIPT FLAGS` would; return the process."""
-    process = forkserver.Process(target=be_python, args=(words, env or environment(), outputs))
+    args = (words, env or environment(), outputs, cwd)
+    process = forkserver.Process(target=be_python, args=args)
     process.start()
     return process
 
 
-def run_forked(words, timeout, env=None):
+def run_forked(words, timeout, env=None, cwd=None):
     """Run a script with its flags; return the finished process."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = fork(words, outputs, env)
+        process = fork(words, outputs, env, cwd)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -100,8 +102,10 @@ def run_forked(words, timeout, env=None):
     return subprocess.CompletedProcess(words, process.exitcode, *texts)
 
 
-def be_python(words, env, outputs):
+def be_python(words, env, outputs, cwd=None):
     """Do what `python WORDS` does once it has imported the libraries."""
+    if cwd:
+        os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     for number, path in enumerate(outputs, start=1):
@@ -117,6 +121,16 @@ def be_python(words, env, outputs):
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+
+
+def apply(diff, script):
+    """Return a script after the changes that a README shows, each under a line `@@ place`."""
+    for part in re.split("^@@.*\n", diff, flags=re.MULTILINE)[1:]:
+        lines = part.splitlines(keepends=True)
+        old, new = ("".join(x[1:] for x in lines if x[0] in " " + sign) for sign in "-+")
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    return script
 
 
 def recorded(folder, **env):

@@ -4,13 +4,15 @@ A part stands between <!-- begin NAME --> and <!-- end NAME -->. --check writes 
 with 1 if a part is stale.
 """
 
+import contextlib
 import difflib
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,10 +21,15 @@ def flags(page):
     """Return what --help prints about the flags, with the defaults of a reader's machine."""
     script = (page.parent / "train_llm.py").read_text()
     script = script.replace("Path(__file__).resolve().parents[1]", 'Path("..")')  # on any machine
-    options = {"check": True, "capture_output": True, "text": True}
-    env = os.environ | {"COLUMNS": "90"}
-    text = subprocess.run([sys.executable, "-", "--help"], input=script, env=env, **options)
-    return f"```text\n{text.stdout.partition('options:')[2].strip(chr(10))}\n```"
+    text = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, COLUMNS="90"),
+        mock.patch.object(sys, "argv", ["train_llm.py", "--help"]),
+        contextlib.redirect_stdout(text),
+        contextlib.suppress(SystemExit),  # here and not in a new process: the imports take long
+    ):
+        exec(compile(script, page, "exec"), {"__name__": "__main__"})
+    return f"```text\n{text.getvalue().partition('options:')[2].strip(chr(10))}\n```"
 
 
 def diff(page):
