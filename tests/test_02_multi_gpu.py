@@ -226,6 +226,7 @@ def test_no_rank_hangs_when_the_group_ends(tmp_path):
             rank.kill()
 
 
+@pytest.mark.slow
 def test_compiled_follows_the_same_curve(flags, alone, tmp_path):
     more = ["-b", 2, "-e", "run", "--compile"]
     train("02", *flags, *STEPS, *more, processes=2, timeout=500)
