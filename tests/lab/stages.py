@@ -106,6 +106,7 @@ def be_python(words, env, outputs, cwd=None):
     """Do what `python WORDS` does once it has imported the libraries."""
     if cwd:
         os.chdir(cwd)
+        multiprocessing.process.ORIGINAL_DIR = cwd  # where mp.spawn looks for the script
     os.environ.clear()
     os.environ.update(env)
     for number, path in enumerate(outputs, start=1):
