@@ -2,7 +2,7 @@
 
 Runs it as its stage is run, with the flags of the stages and a small model, beside stage 01, whose
 losses and rows are the right ones. Says what holds, what does not, and the likely mistake. The
-exit status is 0 if all holds. Takes a minute on two cores, and at most two, without GPU or network.
+exit status is 0 if all holds. Takes a minute on two idle cores, without GPU or network.
 
 02, 03, 04: the script is that stage. ddp: stage 02 with an averaging of your own instead of DDP.
 sharded: stage 03 with fully_shard.
@@ -60,7 +60,8 @@ def main():
             say(f"  WRONG  {what}\n         {mistake}" if mistake else f"  holds  {what}")
             wrong, held = wrong + bool(mistake), held + (not mistake)
     if wrong:
-        rest = "" if wrong + held >= ALL[args.stage] else "; the rest was not tried"
+        more = ALL[args.stage] - wrong - held
+        rest = f"; {more} more were not tried" if more > 0 else ""
         print(f"{wrong} of {wrong + held} do not hold{rest}")
     else:
         print(f"all {held} hold")
