@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 
@@ -198,8 +199,8 @@ rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
 def main(number):
     meeting = dist.PrefixStore(str(number), store)
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2)
-    model = DDP(torch.nn.Linear(64, 64))
-    model(torch.randn(4, 64)).sum().backward()
+    ddp_model = DDP(torch.nn.Linear(64, 64))
+    ddp_model(torch.randn(4, 64)).sum().backward()
     dist.all_gather_object([None] * 2, torch.get_rng_state())
 {ending}
 for number in range(200):
@@ -207,13 +208,16 @@ for number in range(200):
 """
 
 
-def test_no_rank_hangs_when_the_group_ends(tmp_path):
+@pytest.mark.parametrize("of", ["the stage", "the smallest program"])
+def test_no_rank_hangs_when_the_group_ends(tmp_path, of):
     """When DDP was the last to hold the process group, one of a hundred endings hung."""
-    script = (ROOT / FOLDERS["02"] / "train_llm.py").read_text()
-    ending = re.search(
-        "^    main.group = .*?dist.destroy_process_group\\(\\)$", script, re.M | re.S
-    )
-    (tmp_path / "meetings.py").write_text(MEETINGS.format(ending=ending[0]))
+    if of == "the stage":
+        text, first = (ROOT / FOLDERS["02"] / "train_llm.py").read_text(), "    main.group = "
+    else:
+        text, first = (ROOT / FOLDERS["02"] / "README.md").read_text(), "del ddp_model"
+    ending = re.search(rf"^{first}.*?dist.destroy_process_group\(\)$", text, re.M | re.S)[0]
+    ending = textwrap.indent(textwrap.dedent(ending), "    ")
+    (tmp_path / "meetings.py").write_text(MEETINGS.format(ending=ending))
     words = [str(tmp_path / name) for name in ("meetings.py", "store")]
     ranks = [fork([words[0], str(rank), words[1]]) for rank in range(2)]
     end = time.monotonic() + 100
