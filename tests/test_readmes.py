@@ -15,9 +15,10 @@ from lab.stages import (
     ROOT,
     STEPS,
     apply,
+    blocks_of,
     environment,
     metrics,
-    run_forked,
+    run,
     worst_difference,
 )
 
@@ -60,13 +61,6 @@ def parse(script, arguments):
         sys.argv = before
 
 
-def run(words, folder, **env):
-    """Run `python WORDS` in a folder; return what it printed. The libraries are there already."""
-    done = run_forked(list(map(str, words)), 200, environment(**env), folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("readme, line", list(commands()))
 def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
     env, launcher, script, arguments = words_of(line)
@@ -94,7 +88,7 @@ def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
     more = ["--max-steps", steps, "--save-dir", tmp_path / "outputs"]
     programs = {"python": [], "torchrun": ["-m", RUN]}
     words = [*programs[launcher[0]], *launcher[1:], script, *arguments, *more]
-    run(words, readme.parent, WANDB_MODE=None, **env)
+    run(words, 200, environment(WANDB_MODE=None, **env), readme.parent)
 
 
 def test_commands_inside_the_text_parse():
@@ -112,14 +106,11 @@ def test_commands_inside_the_text_parse():
     assert found > 4, found
 
 
-def blocks_of(readme, language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
-
-
 def test_the_smallest_ddp_program_averages_the_gradients(tmp_path):
     program = blocks_of("02-multi-gpu/README.md", "python")[0]
     (tmp_path / "ddp.py").write_text(program)
-    printed = run(["-m", RUN, "--standalone", "--nproc-per-node", 2, "ddp.py"], tmp_path)
+    words = ["-m", RUN, "--standalone", "--nproc-per-node", 2, "ddp.py"]
+    printed = run(words, 100, environment(), tmp_path).stdout
     # not by lines: the ranks' may run together
     form = r"rank (\d): row \[\[(\S+), \S+\]\], gradient \[\[(\S+), \S+\]\], weights (\[\[.*?\]\])"
     one, other = sorted(re.findall(form, printed))
@@ -136,7 +127,8 @@ def test_the_lines_that_matter_make_stage_02_of_stage_01(flags, alone, tmp_path)
     script = apply(blocks_of("02-multi-gpu/README.md", "diff")[0], script)
     (tmp_path / "my_train_llm.py").write_text(script)
     line = ["-m", RUN, "--standalone", "--nproc-per-node", 2, "my_train_llm.py"]
-    run([*line, *flags, *STEPS, "-b", 2, "-e", "run"], tmp_path)
+    words = [*line, *flags, *STEPS, "-b", 2, "-e", "run"]
+    run(words, 200, environment(), tmp_path)
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
 
 

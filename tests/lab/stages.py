@@ -56,15 +56,21 @@ def train(
 
     forked=False: in any case as a reader does, in new processes.
     """
-    line = command(stage, *flags, processes=processes, torchrun=torchrun)
-    env = environment(**(env or {}))
+    words = command(stage, *flags, processes=processes, torchrun=torchrun)[1:]
+    forked = forked and stage != "04"
+    return run(words, timeout, environment(**(env or {})), fails=fails, forked=forked)
+
+
+def run(words, timeout, env, cwd=None, fails=False, forked=True):
+    """Do `python WORDS` to its end, forked if it can be; return as train does."""
+    words = list(map(str, words))
     changed = {name for name, _ in env.items() ^ environment().items()}
-    if forked and stage != "04" and all(name.startswith(READ_LATE) for name in changed):
-        done = run_forked(line[1:], timeout, env)
+    if forked and all(name.startswith(READ_LATE) for name in changed):
+        done = run_forked(words, timeout, env, cwd)
     else:
-        done = subprocess.run(
-            line, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
-        )
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        line = [sys.executable, *words]
+        done = subprocess.run(line, env=env, cwd=cwd, timeout=timeout, **options)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
 
@@ -122,6 +128,10 @@ def be_python(words, env, outputs, cwd=None):
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+
+
+def blocks_of(readme, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
 
 
 def apply(diff, script):

@@ -26,9 +26,11 @@ def flags(page):
         mock.patch.dict(os.environ, COLUMNS="90"),
         mock.patch.object(sys, "argv", ["train_llm.py", "--help"]),
         contextlib.redirect_stdout(text),
-        contextlib.suppress(SystemExit),  # here and not in a new process: the imports take long
     ):
-        exec(compile(script, page, "exec"), {"__name__": "__main__"})
+        try:  # here and not in a new process: the imports take long
+            exec(script, {"__name__": "__main__"})
+        except SystemExit as end:
+            assert not end.code, f"{page.parent}: --help has failed"
     return f"```text\n{text.getvalue().partition('options:')[2].strip(chr(10))}\n```"
 
 
