@@ -219,8 +219,9 @@ def main(args):
             "epoch": step / epoch_steps,
             "world_size": world_size,
         }
-        if save_now:
+        if save_now and not stop:  # who is told to stop may not have the time for it
             row["val_loss"] = evaluate(model, val_data, args.batch_size, autocast)
+        if save_now:
             rng = [None] * world_size
             dist.all_gather_object(rng, dropout_rng.get_rng_state())
         text = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
@@ -250,6 +251,8 @@ def main(args):
         logged_step, logged_time = step, time.perf_counter()
         if stop:
             break
+    # Python's end takes handlers back, but not SIG_IGN: a late warning would kill who has saved.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     progress.close()
     with suppress(ConnectionError):
         wandb_run.finish()

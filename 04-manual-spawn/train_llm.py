@@ -76,6 +76,7 @@ def launch(args):
     # If one fails, join() ends the others, by SIGTERM and 30 s later by SIGKILL, and raises.
     while not workers.join():
         pass
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # see the end of `main`
 
 
 def worker(local_rank, args):
@@ -269,8 +270,9 @@ def main(args):
             "epoch": step / epoch_steps,
             "world_size": world_size,
         }
-        if save_now:
+        if save_now and not stop:  # who is told to stop may not have the time for it
             row["val_loss"] = evaluate(model, val_data, args.batch_size, autocast)
+        if save_now:
             rng = [None] * world_size
             dist.all_gather_object(rng, dropout_rng.get_rng_state())
         text = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
@@ -300,6 +302,8 @@ def main(args):
         logged_step, logged_time = step, time.perf_counter()
         if stop:
             break
+    # Python's end takes handlers back, but not SIG_IGN: a late warning would kill who has saved.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     progress.close()
     with suppress(ConnectionError):
         wandb_run.finish()

@@ -8,7 +8,7 @@
 # on the first host only. What it has for the other hosts is pbsdsh, which
 #
 #   starts a command in $HOME, without exports    each host first reads LOGS/host.sh
-#   starts it once per line of the node file      on_every_host names the host, with -h
+#   starts it once per line of the node file      on_every_host names one line per host, with -n
 #   ends with 0, whatever became of it            the host writes its status: LOGS/HOST.status
 #   loses what it prints after qdel               the host writes its output: LOGS/HOST.log
 
@@ -20,6 +20,7 @@ command -v "${VENV:+$VENV/bin/}torchrun" > /dev/null || fail "there is no torchr
 mapfile -t HOSTS < <(awk '!seen[$0]++' "$PBS_NODEFILE") # the file has a line per MPI process
 [ ${#HOSTS[@]} = "$NODES" ] || fail "NODES is $NODES, and this job got ${#HOSTS[@]}: ${HOSTS[*]}." \
     "Ask for them with -l select=$NODES:... and -l place=scatter"
+[ "$NODES" = 1 ] || command -v pbsdsh > /dev/null || fail "there is no pbsdsh in PATH: $PATH"
 HEAD=$(hostname)                                                      # the first host is this one
 PORT=$((20000 + $(cksum <<< "$PBS_JOBID" | cut -d ' ' -f 1) % 10000)) # jobs may share a host
 
@@ -60,7 +61,7 @@ stopping=
 trap 'stopping=yes' TERM # PBS and pbsdsh send it to the hosts as well: wait for them
 
 on_every_host() { # WORDS...
-    local ended first host i running status words patience=30 warn_at=$STOP_AFTER
+    local ended first host i line running status words patience=30 warn_at=$STOP_AFTER
     {
         ( # What differs by host stays as it is there. So do the GPUs, unless the settings chose.
             unset "${!PBS_@}" TMPDIR HOSTNAME
@@ -79,7 +80,8 @@ on_every_host() { # WORDS...
             "${words[@]}" &
             first=$!
         else
-            pbsdsh -h "${HOSTS[i]}" -- "${words[@]}" &
+            line=$(grep -nxFm 1 -- "${HOSTS[i]}" "$PBS_NODEFILE") # pbsdsh counts from 0
+            pbsdsh -n $((${line%%:*} - 1)) -- "${words[@]}" &
         fi
     done
     while [ $patience -gt 0 ]; do

@@ -159,6 +159,18 @@ def test_the_table_of_lines_is_that_of_the_scripts():
         before = script
 
 
+def test_what_the_smallest_job_scripts_lack_is_in_the_others():
+    page, folder = (ROOT / "job_scripts/README.md").read_text(), ROOT / "job_scripts"
+    for smallest, names in {
+        "smallest.sbatch": ["multinode_torchrun.sbatch"],
+        "smallest.pbs": ["multinode_torchrun.pbs", "pbs_hosts.sh"],
+    }.items():
+        scripts = "".join((folder / name).read_text() for name in names)
+        table = re.search(rf"\| `{smallest}` does not .*?\n\n", page, re.DOTALL)[0]
+        pieces = [code for row in table.splitlines()[2:] for code in row.split("|")[2].split("`")]
+        assert len(pieces) > 15 and all(code in scripts for code in pieces[1::2]), smallest
+
+
 def test_pictures_are_shown_and_say_what_is_on_them():
     for readme in READMES:
         for words, target in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", readme.read_text()):

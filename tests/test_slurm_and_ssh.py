@@ -12,7 +12,7 @@ import pytest
 import torch
 from lab.hosts import finish, pid_of_rank, wait_for, why_not
 from lab.slurm import NODES, Slurm, why_not_slurm
-from lab.stages import ROOT, STEPS, metrics, worst_difference
+from lab.stages import ROOT, STEPS, metrics, smallest_script, worst_difference
 
 BIN = Path(sys.executable).parent
 VENV = BIN.parent if (BIN / "activate").exists() else ""  # where these tests run
@@ -143,6 +143,22 @@ def test_two_nodes_from_the_root(slurm, repository, args, alone):
     for node in NODES:  # of the preflight and of the training
         files = list((job.logs / "attempt0" / node).glob("*/attempt_0/0/stderr.log"))
         assert len(files) == 2
+    nothing_left(slurm, "end")
+
+
+def test_the_smallest_script_of_the_page_follows_the_curve(slurm, repository, args, alone):
+    """Submitted, and typed into a shell that salloc gives."""
+    flags = [args("-b", 4), "--save-dir", repository / "outputs", "-e"]
+    sent, typed = (smallest_script("#SBATCH", [*flags, name]) for name in ("sent", "typed"))
+    (repository / "smallest.sbatch").write_text(sent)
+    number = slurm.submit("smallest.sbatch", cwd=repository)
+    assert slurm.finish(number) == [("COMPLETED", "0:0")]
+    (repository / "typed").write_text(typed)
+    line = ["salloc", "--nodes=2", "--ntasks-per-node=1", "bash", "typed"]
+    done = slurm.command(*line, cwd=repository)
+    assert done.returncode == 0, done.stderr
+    for name in ("sent", "typed"):
+        assert worst_difference(metrics(alone), metrics(repository / "outputs" / name)) < 1e-4
     nothing_left(slurm, "end")
 
 

@@ -132,6 +132,14 @@ def children(pid):
     return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
+def descendants(pid):
+    """Return the ids of a process and of all that it and its children have started, as of now."""
+    try:
+        return [pid, *(one for child in children(pid) for one in descendants(child))]
+    except FileNotFoundError:
+        return []
+
+
 def finish(*runs, timeout=240):
     """Wait for runs; return their outputs."""
     end = time.monotonic() + timeout

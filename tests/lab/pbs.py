@@ -1,16 +1,16 @@
 """A stand-in for OpenPBS on the two hosts of hosts.py: no package of PBS can be installed here.
 
-Jobs are real processes on both hosts, and get real signals. It does what OpenPBS 23.06 did on two
-hosts in 43 jobs: how directives, `select` and `place` make the node file; what a job and a task of
-pbsdsh find in their environment, and in a home of Debian's; who hears TERM and KILL after qdel,
-qrerun, at the walltime and at a job's end (the processes of the job's sessions, and not those that
-have left them), and when; exit statuses. The node file and the copy of the script are on the first
-host only. pbs_tools.py holds pbsdsh and pbs_tmrsh.
+Jobs are real processes on both hosts, and get real signals. It does what OpenPBS v23.06.06 did on
+two hosts in more than a hundred jobs: how directives, `select` and `place` make the node file; what
+a job and a task of pbsdsh find in their environment, and in a home of Debian's; who hears TERM and
+KILL after qdel, qrerun, at the walltime and at a job's end (the processes of the job's sessions,
+and not those that have left them), and when; exit statuses. The node file and the copy of the
+script are on the first host only. pbs_tools.py holds pbsdsh and pbs_tmrsh.
 
 Not imitated: queues, limits, users, accounting, hooks. There is no waiting for free hosts: a job
-starts when its dependencies allow it, beside any others. stderr always joins stdout, as by -j oe.
-KILL came 10 to 17 s after TERM: here always after kill_delay. The first process of a session is
-outside the hosts, so that its number can be seen from here.
+starts when its dependencies allow it, beside any others. What a task of pbsdsh prints as an error
+always joins its output. KILL came 8 to 29 s after TERM: here always after kill_delay. The first
+process of a session is outside the hosts, so that its number can be seen from here.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from lab.hosts import wait_for
 NODES = {"node1": {"ncpus": 8, "ngpus": 2}, "node2": {"ncpus": 8, "ngpus": 2}}
 TOOLS = Path(__file__).with_name("pbs_tools.py")
 RESOURCES = {"select", "place", "walltime", "ncpus", "ngpus", "mpiprocs", "ompthreads", "mem"}
-LATE = 18  # seconds that the end of the walltime is noticed after it
+RESOURCES |= {"nodes"}
+LATE = 8  # seconds that the end of the walltime is noticed after it
 AS_USER = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
 
 # What Debian and Ubuntu put into a new home. A login shell that runs `exit` reads it, and its
@@ -55,7 +56,7 @@ class Refused(Exception):
 
 
 class PBS:
-    def __init__(self, hosts, kill_delay=17):
+    def __init__(self, hosts, kill_delay=8):
         self.hosts, self.kill_delay, self.closed = hosts, kill_delay, False
         self.resources = set(RESOURCES)  # that this site knows
         self.of_host = {}  # {host: variables that a hook of the site sets there}
@@ -67,7 +68,7 @@ class PBS:
             folder.mkdir(parents=True)
         hosts("run", "node2", "mount", "-t", "tmpfs", "tmpfs", self.mom)
         # On a real host /etc/profile.d does this; pbsdsh's tasks, without a login, do not see it.
-        (self.home / ".profile").write_text(f"PATH=$PATH:{self.bin}\n")
+        (self.home / ".profile").write_text(f"PATH={self.bin}:$PATH\n")
         (self.home / ".bash_logout").write_text(BASH_LOGOUT)
         self.socket = tempfile.mkdtemp() + "/socket"  # its path may have 107 characters, no more
         for tool in ("pbsdsh", "pbs_tmrsh"):
@@ -96,7 +97,8 @@ class PBS:
     # What a user does.
 
     def qsub(self, *words, cwd):
-        """Submit a job; return its id, or of an array the list of ids."""
+        """Submit a job; return its id. That of an array is `123[].server`; it runs as
+        `123[0].server` and so on."""
         words = [str(word) for word in words]
         script = parse(words).script
         if len(script) != 1:
@@ -113,27 +115,31 @@ class PBS:
         for name in filter(None, asked):
             if name not in self.resources:
                 raise Refused(187, f"qsub: Unknown resource: {name}")
+        if "nodes" in resources and {"select", "place"} & resources.keys():
+            raise Refused(6, "qsub: Cannot be used with select or place: nodes")
+        if "place" in resources and "select" not in resources:
+            raise Refused(7, 'qsub: Cannot have "place" without "select"')
         variables = dict(os.environ) if options.V else {}
         for item in re.findall(r"""(?:[^,"']|"[^"]*"|'[^']*')+""", ",".join(options.v)):
             name, _, value = item.partition("=")
             variables[name] = re.sub(r"""(["'])(.*?)\1""", r"\2", value)
-        number, jobs = next(self.numbers), []
+        number, name = next(self.numbers), options.N or Path(script[0]).name
         first, last = map(int, options.J.split("-")) if options.J else (0, 0)
         for index in range(first, last + 1):
             brackets, suffix = (f"[{index}]", f".{index}") if options.J else ("", "")
-            name = options.N or Path(script[0]).name
             job = SimpleNamespace(id=f"{number}{brackets}.server", name=name, script=text)
             job.lines, job.ncpus = place(resources)
             job.variables = variables | ({"PBS_ARRAY_INDEX": index} if options.J else {})
             job.submitted_from, job.depend = cwd, [w for w in options.W if w.startswith("depend=")]
             job.output = cwd / (options.o or f"{name}.o{number}{suffix}")
+            joined = options.j == "oe"
+            job.errors = job.output if joined else cwd / f"{name}.e{number}{suffix}"
             hours, minutes, seconds = map(int, resources.get("walltime", "9:00:00").split(":"))
             job.walltime = 3600 * hours + 60 * minutes + seconds
             job.state, job.exit_status, job.over = "Q", None, False
             self.jobs[job.id] = job
-            jobs.append(job)
             threading.Thread(target=self.run, args=[job], daemon=True).start()
-        return [job.id for job in jobs] if options.J else jobs[0].id
+        return f"{number}[].server" if options.J else job.id
 
     def wait(self, job_id, timeout=60):
         """Return the exit status of a job that has ended; None if it never started."""
@@ -150,7 +156,11 @@ class PBS:
         self.signal(job, signal.SIGTERM, only="node1")
 
     def end_of_walltime(self, job_id):
-        self.jobs[job_id].over = True
+        job = self.jobs[job_id]
+        with open(self.mom / f"{job_id}.{'OU' if job.errors == job.output else 'ER'}", "a") as file:
+            late = job.walltime + LATE
+            print(f"=>> PBS: job killed: walltime {late} exceeded limit {job.walltime}", file=file)
+        job.over = True
         self.qdel(job_id)
 
     def qrerun(self, job_id):
@@ -170,7 +180,9 @@ class PBS:
                 if kind != "afterany" and (kind == "afterok") != (other.exit_status == 0):
                     job.state = "F"
                     return
-        files = {end: self.mom / f"{job.id}.{end}" for end in ("SC", "OU", "nodes")}
+        files = {end: self.mom / f"{job.id}.{end}" for end in ("SC", "OU", "ER", "nodes")}
+        if job.errors == job.output:
+            files["ER"] = files["OU"]
         files["SC"].write_text(job.script)
         files["SC"].chmod(0o700)
         (self.mom / f"{job.id}.in").write_text(f"{files['SC']}\n")
@@ -197,9 +209,13 @@ class PBS:
             job.sessions, job.deaf, job.requeued, job.kill = [], False, False, None
             # The session's leader is a login shell that reads the script's name as a command. The
             # script is its child, and outlives it: the leader dies of TERM at once.
-            with open(files["OU"], "ab") as output, open(self.mom / f"{job.id}.in") as name:
-                line = ["/bin/bash", "-c", "exec -a -bash /bin/bash"]
-                leader = self.spawn(job, job.lines[0], line, output, name, **of_script)
+            line = ["/bin/bash", "-c", "exec -a -bash /bin/bash"]
+            with (
+                open(self.mom / f"{job.id}.in") as name,
+                open(files["OU"], "ab") as output,
+                open(files["ER"], "ab") as errors,
+            ):
+                leader = self.spawn(job, job.lines[0], line, name, output, errors, **of_script)
             try:
                 status = leader.wait(job.walltime + LATE)
             except subprocess.TimeoutExpired:
@@ -212,12 +228,14 @@ class PBS:
             self.signal(job, signal.SIGKILL)
             if not job.requeued:
                 break
-        with contextlib.suppress(OSError), open(job.output, "ab") as output:
-            output.write(files["OU"].read_bytes())
+        with contextlib.suppress(OSError):
+            for name, path in {files["OU"]: job.output, files["ER"]: job.errors}.items():
+                with open(path, "ab") as output:
+                    output.write(name.read_bytes())
         job.exit_status = -29 if job.over else 256 - status if status < 0 else status
         job.state = "F"
 
-    def spawn(self, job, host, line, output, stdin=subprocess.DEVNULL, **variables):
+    def spawn(self, job, host, line, stdin, stdout, stderr, **variables):
         """Start a process in a session of its own on a host, in $HOME, as a job's or a task's."""
         user = {"HOME": self.home, "USER": "user", "LOGNAME": "user", "SHELL": "/bin/bash"}
         user |= {"PATH": "/bin:/usr/bin", "PBS_NODENUM": list(NODES).index(host)}
@@ -228,8 +246,8 @@ class PBS:
         process = subprocess.Popen(
             [*enter, "env", "-i", f"--chdir={self.home}", *words, *map(str, line)],
             stdin=stdin,
-            stdout=output,
-            stderr=output,
+            stdout=stdout,
+            stderr=stderr,
             umask=0o077,
             start_new_session=True,
         )
@@ -249,7 +267,8 @@ class PBS:
         tasks = []
         for node in [host] if host else job.lines if line is None else [job.lines[int(line)]]:
             read, write = os.pipe()
-            tasks.append((node, self.spawn(job, node, question["words"], write)))
+            task = self.spawn(job, node, question["words"], subprocess.DEVNULL, write, write)
+            tasks.append((node, task))
             os.close(write)
             threading.Thread(target=self.deliver, args=[job, read], daemon=True).start()
 

@@ -134,6 +134,14 @@ def blocks_of(readme, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
 
 
+def smallest_script(directive, flags):
+    """Return the smallest job script of job_scripts/README.md, for other flags of the training."""
+    scripts = blocks_of("job_scripts/README.md", "sh")
+    (script,) = [script for script in scripts if directive in script]
+    assert script.count("-e smallest --max-steps 40") == 1
+    return script.replace("-e smallest --max-steps 40", " ".join(map(str, flags)))
+
+
 def apply(diff, script):
     """Return a script after the changes that a README shows, each under a line `@@ place`."""
     for part in re.split("^@@.*\n", diff, flags=re.MULTILINE)[1:]:
