@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 log = logging.getLogger("train_llm")
@@ -343,10 +343,10 @@ def load_model(args):
     """Return the model in float32, untrained from its config or --pretrained, and its tokenizer."""
     if args.model_name is None:
         tokenizer = ByT5Tokenizer()  # a token is a byte, so it needs no vocabulary file
-        sizes = {"n_layer": 4, "n_head": 4, "n_embd": 192, "n_positions": 128}
-        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        config = GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout, **ends)
+        sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 128}
+        sizes |= {"hidden_size": 192, "intermediate_size": 512, "vocab_size": len(tokenizer)}
+        end = tokenizer.eos_token_id
+        config = LlamaConfig(**sizes, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end)
     else:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name)
         config = AutoConfig.from_pretrained(args.model_name)
@@ -507,7 +507,7 @@ def parse_args():
     add, outputs = parser.add_argument, Path(__file__).resolve().parents[1] / "outputs"
     add_length = parser.add_mutually_exclusive_group().add_argument
     add("-e", "--experiment-name", help="write to SAVE_DIR/NAME and resume there; None: nowhere")
-    add("-m", "--model-name", help="on the hub or a local folder; None: a tiny GPT-2 on bytes")
+    add("-m", "--model-name", help="on the hub or a local folder; None: a small Llama on bytes")
     add("--pretrained", action="store_true", help="start from the weights of --model-name")
     add("-d", "--dataset-name", help="on the hub, or files (.jsonl, .parquet, text); None: Python")
     add("--dataset-subset", help="configuration of a data set on the hub")
