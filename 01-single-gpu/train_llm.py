@@ -204,10 +204,10 @@ def load_model(args):
     """Return the model in float32, untrained from its config or --pretrained, and its tokenizer."""
     if args.model_name is None:
         tokenizer = ByT5Tokenizer()  # a token is a byte, so it needs no vocabulary file
-        sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 128}
-        sizes |= {"hidden_size": 192, "intermediate_size": 512, "vocab_size": len(tokenizer)}
-        end = tokenizer.eos_token_id
-        config = LlamaConfig(**sizes, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end)
+        sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+        sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128}
+        words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        config = LlamaConfig(**sizes, **words, tie_word_embeddings=True)
     else:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name)
         config = AutoConfig.from_pretrained(args.model_name)
@@ -222,9 +222,8 @@ def load_model(args):
         config.vocab_size = math.ceil(max(config.vocab_size, len(tokenizer)) / 128) * 128
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.loss_type = "ForCausalLM"  # what GPT-2 would fall back to, with a warning
-    # Rows are full, and each is one sequence, so plain causal attention needs no mask. The library
-    # would read the GPU in every forward pass to find that out, and compiled it would build a mask,
-    # which rules out flash attention.
+    # Rows are full, and each is one sequence: plain causal attention. To find that out, the library
+    # would read the GPU in every pass; compiled, it would build a mask: no flash attention then.
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
     transformers.AttentionMaskInterface.register("sdpa", mask_unless_causal)
     return model, tokenizer
@@ -242,14 +241,17 @@ def load_data(args, tokenizer):
     them. `datasets` keeps them on disk, where every stage finds them once one has made them."""
     seq_length, eos = args.seq_length, tokenizer.eos_token_id
 
-    def tokenize_and_pack(batch):
+    def tokenize_and_pack(batch, indices):
+        if indices[0] == 0:  # the first batch, which is here only if the rows are not in the cache
+            tqdm.write("making the rows: a minute, once for all stages", file=sys.stderr)
         documents = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
         ids = np.concatenate([np.array([*document, eos], np.int32) for document in documents])
         # The tail, less than one row, is dropped: no row is ever padded.
         return {"input_ids": ids[: len(ids) // seq_length * seq_length].reshape(-1, seq_length)}
 
     texts = load_documents(args.dataset_name, args.dataset_subset).select_columns("text")
-    rows = texts.map(tokenize_and_pack, batched=True, remove_columns="text").with_format("torch")
+    rows = texts.map(tokenize_and_pack, with_indices=True, batched=True, remove_columns="text")
+    rows = rows.with_format("torch")
     # Held out: the last 1 %, but not so many that evaluating them takes minutes.
     num_train = len(rows) - max(args.global_batch_size, min(len(rows) // 100, 128))
     if num_train < args.global_batch_size:
@@ -276,7 +278,7 @@ def load_documents(name, subset):
     for suffix, kind in {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.items():
         if tables := [str(f) for f in files if f.suffix == suffix]:
             return load_dataset(kind, data_files=tables, split="train")
-    texts = [str(f) for f in files]  # each of them is a document
+    texts = [str(f) for f in files]
     return load_dataset("text", data_files=texts, sample_by="document", split="train")
 
 

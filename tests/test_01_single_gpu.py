@@ -74,6 +74,13 @@ def test_the_log_shows_the_batches_and_the_rows_of_metrics(alone):
         assert "  ".join(f"{name} {value:.6g}" for name, value in row.items()) in log
 
 
+def test_rows_are_made_once_and_the_log_says_so(model, texts, tmp_path):
+    (tmp_path / "some.txt").write_text("".join(texts[:40]))
+    flags = ["-m", model, "-d", tmp_path / "some.txt", "--max-steps", 1]
+    logs = [train(stage, *flags, processes=1).stderr for stage in ("01", "02")]
+    assert [log.count("making the rows") for log in logs] == [1, 0]
+
+
 def run_and_kill(flags, ready, script=None):
     """Start stage 01 and kill it with SIGKILL as soon as ready() says so; False if it ended."""
     at, *words = command("01", *flags)[1:]
@@ -555,7 +562,8 @@ def test_attention_without_a_mask_is_the_attention_of_the_model(kind, load_model
     assert torch.equal(logits, expected)
 
 
-def test_compiled_attention_gets_no_mask(load_model, tmp_path):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_compiled_attention_gets_no_mask(kind, load_model, tmp_path):
     """With one there is no flash attention. The library alone would make one."""
     masks = []
 
@@ -566,7 +574,7 @@ def test_compiled_attention_gets_no_mask(load_model, tmp_path):
         return graph.forward
 
     ids = torch.ones(2, 64, dtype=torch.long)
-    model = small_model("gpt2", tmp_path)
+    model = small_model(kind, tmp_path)
     torch.compile(model, backend=look)(input_ids=ids, use_cache=False)
     torch.compiler.reset()
     model = as_stage_01_makes_it(tmp_path, load_model)

@@ -88,6 +88,19 @@ def test_same_loss_curve(flags, alone, tmp_path, processes, batch):
     assert "[rank 1]" not in done.stderr and len(re.findall("^-{40}$", done.stdout, re.M)) == 3
 
 
+def test_the_built_in_model_follows_one_curve_from_stage_to_stage(corpus, tmp_path):
+    """A Llama, where the models of other tests are GPT-2s. 02 and then sharded are killed."""
+    flags = ["-d", corpus / "corpus.jsonl", "--save-dir", tmp_path, *STEPS, "--ckpt-freq", 4]
+    train("01", *flags, "-e", "alone")
+    for stage, batch in {"02": 2, "sharded": 4, "03": 1}.items():
+        env = {} if stage == "03" else recorded(tmp_path / f"notes{stage}", DIE=1)
+        more = ["-b", batch, "-e", "run"]
+        train(stage, *flags, *more, processes=2, env=env, fails=stage != "03")
+    difference = worst_difference(metrics(tmp_path / "alone"), metrics(tmp_path / "run"))
+    print(f"built-in model: largest difference {difference:.1e}")
+    assert difference < 1e-4
+
+
 def test_one_process_is_stage_01_bit_for_bit_also_with_dropout(flags, dropout_model, tmp_path):
     flags += ["-m", dropout_model, "--max-steps", 6]
     train("01", *flags, "-e", "alone")

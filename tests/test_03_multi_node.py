@@ -27,7 +27,6 @@ from lab.hosts import (
 from lab.stages import (
     FOLDERS,
     ROOT,
-    SHARDED,
     STEPS,
     command,
     environment,
@@ -314,13 +313,12 @@ def test_a_torchrun_that_is_deaf_to_sigusr1_lets_its_ranks_hear_it(hosts, long, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["03-multi-node/train_llm.py", SHARDED, "04"])
-def test_a_late_warning_kills_nobody(flags, tmp_path, script):
+@pytest.mark.parametrize("stage", ["03", "sharded", "04"])
+def test_a_late_warning_kills_nobody(flags, tmp_path, stage):
     """A job script warns every 30 s, here every 5 ms, until the last process has gone. In processes
     of their own: the end of one that has been forked is not Python's."""
-    line = command("04" if script == "04" else "03", *flags, "-e", "run", processes=1)
-    line = [str(ROOT / script) if "03-multi-node" in word else word for word in line]
-    line += ["--max-steps", "100000", "--log-freq", "1"]
+    more = ["-e", "run", "--max-steps", 100_000, "--log-freq", 1]
+    line = command(stage, *flags, *more, processes=1)
     with open(tmp_path / "output", "w") as file:
         run = subprocess.Popen([*DEAF, *line], env=environment(), stdout=file, stderr=file)
     once(tmp_path / "run" / "metrics.jsonl", run)

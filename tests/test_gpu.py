@@ -18,9 +18,7 @@ from lab.material import make_model
 from lab.stages import (
     FOLDERS,
     ROOT,
-    SHARDED,
     STEPS,
-    command,
     environment,
     metrics,
     recorded,
@@ -80,11 +78,9 @@ def test_nccl_gives_the_losses_of_stage_01(flags, tmp_path, stage, processes):
 def test_sharded_is_unsharded(flags, alone, tmp_path, processes):
     if 8 % processes:
         pytest.skip(f"a global batch of 8 on {processes} GPUs")
-    line = command("03", *flags, *STEPS, *EXACT, "-b", 8 // processes, "-e", "run")
-    line = [str(SHARDED) if word.endswith("train_llm.py") else word for word in line]
-    line[line.index("--nproc-per-node") + 1] = str(processes)
-    done = visible_to(processes, line)
-    assert done.returncode == 0, done.stderr
+    on_gpus(
+        "sharded", *flags, *STEPS, *EXACT, "-b", 8 // processes, "-e", "run", processes=processes
+    )
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-3
 
 

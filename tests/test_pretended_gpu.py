@@ -12,7 +12,7 @@ from lab.pretended import forked_with_gpus, on_gpus, waits_of, why_not
 from lab.stages import (
     FOLDERS,
     ROOT,
-    SHARDED,
+    SCRIPTS,
     STEPS,
     command,
     metrics,
@@ -26,8 +26,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON)),
 ]
-SCRIPTS = {stage: ROOT / folder / "train_llm.py" for stage, folder in FOLDERS.items()}
-SCRIPTS |= {"sharded": SHARDED}
 FP32 = ["--dtype", "fp32", "--no-compile"]
 BF16 = ["--dtype", "bf16", "--no-compile"]
 
@@ -41,10 +39,8 @@ def gpus():
 def start(stage, *flags, ranks=None, script=None, env=None, **options):
     """Run a stage (or a changed copy of its script) in two micro-steps, from 02 on with 2 ranks."""
     ranks = ranks or (1 if stage == "01" else 2)
-    words = command("03" if stage == "sharded" else stage, *flags, processes=ranks)[1:]
-    at = next(number for number, word in enumerate(words) if word.endswith("train_llm.py"))
-    words[at] = script or SCRIPTS[stage]
-    words += ["-b", 4 // ranks]
+    words = command(stage, *flags, "-b", 4 // ranks, processes=ranks)[1:]
+    words[words.index(str(SCRIPTS[stage]))] = script or SCRIPTS[stage]
     return run(words, 300, env or on_gpus(), forked=stage != "04", **options)
 
 

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu", "03": "03-multi-node"}
 FOLDERS |= {"04": "04-manual-spawn"}
 SHARDED = ROOT / FOLDERS["03"] / "train_llm_sharded.py"
+SCRIPTS = {stage: ROOT / folder / "train_llm.py" for stage, folder in FOLDERS.items()}
+SCRIPTS |= {"sharded": SHARDED}
 
 # A short run of which every step is logged, and the 8th and 16th saved.
 STEPS = ["--max-steps", 16, "--log-freq", 1, "--ckpt-freq", 8, "--global-batch-size", 8]
@@ -24,7 +26,7 @@ STEPS = ["--max-steps", 16, "--log-freq", 1, "--ckpt-freq", 8, "--global-batch-s
 
 def command(stage, *flags, processes=None, torchrun=()):
     """Return the command line of a stage; processes: how many, through torchrun (not in 04)."""
-    script = str(ROOT / FOLDERS[stage] / "train_llm.py")
+    script = str(SCRIPTS[stage])
     launcher, more = [sys.executable], []
     if stage == "04":
         more = ["--nproc-per-node", str(processes or 1)]
@@ -81,6 +83,7 @@ def run(words, timeout, env, cwd=None, fails=False, forked=True):
 # A sitecustomize.py on PYTHONPATH runs in torchrun, and what it has changed the ranks inherit.
 READ_LATE = ("WANDB_", "RECORD", "ALONE", "DIE", "PYTHONPATH", "ONEDNN_", "PRETEND_")
 LIBRARIES = ["torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "datasets", "wandb"]
+LIBRARIES += ["transformers.models.llama.modeling_llama"]
 LIBRARIES += ["transformers.optimization", "transformers.models.auto.tokenization_auto"]
 LIBRARIES += ["transformers.models.byt5.tokenization_byt5", "torch.distributed.run", "requests"]
 forkserver = multiprocessing.get_context("forkserver")
