@@ -1,8 +1,7 @@
 """Stage 02: the same training on all GPUs of one machine, one process per GPU.
 
 torchrun --standalone --nproc-per-node 2 train_llm.py -e two --max-steps 200
-torchrun --standalone --nproc-per-node gpu train_llm.py -e gpt2 -m openai-community/gpt2 \
-    -d HuggingFaceFW/fineweb-edu --dataset-subset sample-10BT -b 32 --global-batch-size 512
+torchrun --standalone --nproc-per-node gpu train_llm.py -e gpus -b 32   # on all GPUs
 
 README.md beside this file explains the output, other models and data, and clusters.
 """
@@ -79,6 +78,7 @@ def main(args):
     store.set("data is ready", "")
     if args.prepare_only:
         dist.barrier()  # the store may end with rank 0
+        dist.destroy_process_group()
         print(f"in the cache, also for jobs with HF_HUB_OFFLINE=1: {data_id}")
         return
     model.to(device).train()
@@ -402,7 +402,7 @@ def parse_args():
     add("-b", "--batch-size", type=int, default=8, help="sequences per process and micro-step")
     add("--global-batch-size", type=int, help="per optimizer step; None: --batch-size x processes")
     add("-s", "--seq-length", type=int, help="tokens; None: the model's, at most 1024")
-    add("--lr", type=float, default=2e-3, help="peak of the learning rate")
+    add("--lr", type=float, default=1e-3, help="peak of the learning rate")
     add("--warmup-steps", type=int, default=50, help="steps up to the peak")
     add_length("--max-steps", type=int, default=1200, help="optimizer steps")
     add_length("--num-epochs", type=int, help="passes over the data, instead of --max-steps")

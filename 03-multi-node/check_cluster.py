@@ -124,12 +124,13 @@ def look_around(args):
         "resolves_to": resolves_to,
         "asked_interface": asked,
         "interface": asked or (by_name or [None])[0],
-        "gpus": torch.cuda.device_count(),
+        "gpus": torch.cuda.device_count(),  # as the driver counts, also those torch cannot use
+        "usable": torch.cuda.is_available(),
         "gpu": gpu,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "datasets", "wandb")},
-            "cuda": torch.version.cuda,
+            "cuda": torch.version.cuda or torch.version.hip,
             "nccl": str(torch.cuda.nccl.version()) if gpu else None,
             "driver": driver,
         },
@@ -189,7 +190,12 @@ def judge(reports, clocks):
             cure = f"put its real address in /etc/hosts, or set {variable} (it has {names})"
             problems.append((line, cure))
             can_meet = False
-        if report["gpus"] and any(r["gpu"] is None for r in local):
+        if report["gpus"] and not report["usable"]:
+            torch_is = report["versions"]["torch"]
+            line = f"{host} has {report['gpus']} GPUs, which torch {torch_is} cannot use"
+            problems.append((line, "a newer driver, or torch built for an older CUDA"))
+            can_meet = False
+        elif report["gpus"] and any(r["gpu"] is None for r in local):
             line = f"{host} runs {len(local)} processes and has {report['gpus']} GPUs"
             problems.append((line, "lower --nproc-per-node, or let each process see all GPUs"))
             can_meet = False
@@ -279,7 +285,7 @@ def leave_together(store):
 
 
 def start_process_group(store, gpu, timeout):
-    """Join the process group. Return the first line of the error if that fails."""
+    """Join the process group. Return the error if that fails: NCCL's cause is in its last line."""
     device = torch.device("cuda", gpu["index"]) if gpu else None
     if gpu:
         torch.cuda.set_device(device)
@@ -294,7 +300,8 @@ def start_process_group(store, gpu, timeout):
         )
         dist.barrier()
     except RuntimeError as error:
-        return str(error).splitlines()[0][:200]
+        lines = str(error).splitlines()
+        return " ... ".join(dict.fromkeys([lines[0][:200], lines[-1][:200]]))
 
 
 def measure(reports, args):
@@ -415,7 +422,8 @@ def show(reports, clocks, speeds, problems, notes, args):
     for line, cure in dict.fromkeys(problems):
         print(f"PROBLEM: {line}\n    cure: {cure}")
     if not problems:
-        print(f"fit to train: {len(reports)} ranks on {len({r['host'] for r in reports})} hosts")
+        hosts = len({report["host"] for report in reports})
+        print(f"fit to train: {len(reports)} ranks on {hosts} host{'s' * (hosts > 1)}")
     everything = {"ranks": reports, "clocks": clocks, "speeds": speeds}
     everything |= {"problems": problems, "notes": notes}
     path = args.json or args.save_dir / "check_cluster.json"

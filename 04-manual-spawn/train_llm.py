@@ -133,6 +133,7 @@ def main(args):
     store.set("data is ready", "")
     if args.prepare_only:
         dist.barrier()  # the store may end with rank 0
+        dist.destroy_process_group()
         print(f"in the cache, also for jobs with HF_HUB_OFFLINE=1: {data_id}")
         return
     model.to(device).train()
@@ -505,6 +506,7 @@ def from_env(*names):
 def parse_args():
     nnodes = from_env("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_NODES")
     ranks = ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_NODEID", "PBS_NODENUM"]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 1
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, outputs = parser.add_argument, Path(__file__).resolve().parents[1] / "outputs"
     add_length = parser.add_mutually_exclusive_group().add_argument
@@ -516,7 +518,7 @@ def parse_args():
     add("-b", "--batch-size", type=int, default=8, help="sequences per process and micro-step")
     add("--global-batch-size", type=int, help="per optimizer step; None: --batch-size x processes")
     add("-s", "--seq-length", type=int, help="tokens; None: the model's, at most 1024")
-    add("--lr", type=float, default=2e-3, help="peak of the learning rate")
+    add("--lr", type=float, default=1e-3, help="peak of the learning rate")
     add("--warmup-steps", type=int, default=50, help="steps up to the peak")
     add_length("--max-steps", type=int, default=1200, help="optimizer steps")
     add_length("--num-epochs", type=int, help="passes over the data, instead of --max-steps")
@@ -529,7 +531,7 @@ def parse_args():
     add("--timeout", type=int, default=300, help="seconds that a rank waits for the others")
     add("--nnodes", type=int, default=nnodes, help="number of nodes; None: one")
     add("--node-rank", type=int, default=from_env(*ranks) or 0, help="which of them this is")
-    add("--nproc-per-node", type=int, default=torch.cuda.device_count() or 1, help="processes")
+    add("--nproc-per-node", type=int, default=gpus, help="processes")
     add("--master-addr", default=from_env("MASTER_ADDR") or "127.0.0.1", help="of node 0")
     add("--master-port", type=int, default=from_env("MASTER_PORT"), help="free, on node 0")
     add("--world-size-from", choices=["env", "args"], default="env", help="how torch is told it")

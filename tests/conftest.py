@@ -94,3 +94,25 @@ def hub(home, alone, corpus):
     shutil.copytree(alone / "model", home / "hub/models/tiny/gpt")
     shutil.copytree(corpus / "tables", home / "hub/datasets/tiny/corpus/data")
     return home / "hub"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """After test_gpu.py: what a reader with GPUs should send us."""
+    reports = [
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call" and "test_gpu.py" in report.nodeid
+    ]
+    if not reports:
+        return
+    from test_gpu import what_to_send
+
+    terminalreporter.section("what to send us")
+    for line in what_to_send():
+        terminalreporter.line(line.strip())
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "gpu":
+                terminalreporter.line(value)
+        terminalreporter.line(f"{report.outcome}: {report.nodeid.partition('::')[2]}")

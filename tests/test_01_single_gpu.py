@@ -376,8 +376,8 @@ SILENT = {
     "other batch": (["--global-batch-size", 16], "--global-batch-size was 8 when .* is 16 now"),
     "other length": (["--seq-length", 32], "--seq-length was 64 when .* and is 32 now"),
     "other lr": (
-        ["--lr", 0.001],
-        "--lr was 0.002 when .* is 0.001 now: put the old value back, or",
+        ["--lr", 0.002],
+        "--lr was 0.001 when .* is 0.002 now: put the old value back, or",
     ),
     "other warm-up": (["--warmup-steps", 40], "--warmup-steps was 50 when .* and is 40 now"),
     "other dtype": (["--dtype", "bf16"], "--dtype was fp32 when .* and is bf16 now"),

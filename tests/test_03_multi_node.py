@@ -378,7 +378,7 @@ def rest_of_a_batch(hosts, flags, **_):
 
 HERE = "on node1, but"
 SILENT_FAULTS = {
-    other_flag: rf"--lr is 0.002 {HERE} 0.5 on node2",
+    other_flag: rf"--lr is 0.001 {HERE} 0.5 on node2",
     other_script: rf"train_llm.py is \w{{12}} {HERE} \w{{12}} on node2",
     other_data: rf"the data is \d+ rows \w{{12}} {HERE} \d+ rows \w{{12}} on node2",
     not_shared: rf"\S+/run/started is .* {HERE} not there on node2",
@@ -570,6 +570,19 @@ def test_the_preflight_finds_a_wrong_interface_and_a_full_disk(hosts, tmp_path):
     output = problems_of(preflight(hosts, tmp_path, GLOO_SOCKET_IFNAME="eth7"), 4)
     assert "node2 has no interface eth7 (GLOO_SOCKET_IFNAME); it has lo, eth0" in output
     assert "outputs: 0.0 GB free" in output
+
+
+def test_the_preflight_finds_gpus_that_torch_cannot_use(tmp_path):
+    """With a driver that is too old, NVML counts them all the same."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\ntorch.cuda.device_count = lambda: 2\n"
+    )
+    words = ["-m", "torch.distributed.run", "--standalone", FOLDER / "check_cluster.py"]
+    words = map(str, [*words, "--save-dir", tmp_path])
+    done = run_forked(list(words), 100, environment(PYTHONPATH=tmp_path))
+    said = "PROBLEM: .* has 2 GPUs, which torch 2.* cannot use\n.*a newer driver"
+    assert done.returncode == 1 and re.search(said, done.stdout), done.stdout + done.stderr
+    assert done.stdout.count("PROBLEM: ") == 1
 
 
 def test_the_preflight_finds_a_slow_link(hosts, tmp_path):

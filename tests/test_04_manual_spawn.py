@@ -297,6 +297,14 @@ def test_ranks_are_complete_and_in_order_for_any_cluster(stage, launched, monkey
                     stage.worker(local_rank, args)
 
 
+def test_one_process_where_torch_cannot_use_the_gpus(launched, monkeypatch):
+    """With a driver that is too old, NVML counts them all the same."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert launched("").nproc_per_node == 1
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert launched("").nproc_per_node == 8
+
+
 SLURM = {"SLURM_JOB_NUM_NODES": 3, "SLURM_STEP_NUM_NODES": 3, "SLURM_NODEID": 2}
 LAUNCHERS = {
     "srun": SLURM,

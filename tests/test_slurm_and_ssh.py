@@ -171,7 +171,7 @@ def test_one_node_from_job_scripts_with_a_process_per_gpu(slurm, repository, arg
     assert job.finish() == ("COMPLETED", "0:0"), job.output()
     assert worst_difference(metrics(alone), metrics(job.run_dir)) < 1e-4
     assert metrics(job.run_dir)[16]["world_size"] == 2, "SLURM_GPUS_ON_NODE"
-    assert "fit to train: 2 ranks on 1 hosts" in job.output()
+    assert "fit to train: 2 ranks on 1 host\n" in job.output()
     nothing_left(slurm, "end")
 
 

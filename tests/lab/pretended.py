@@ -15,10 +15,9 @@ from lab.stages import LIBRARIES, ROOT, environment
 PRETENDED = ROOT / "tests" / "lab" / "pretended_gpu"
 
 
-def on_gpus(log=None, **env):
-    """Return the environment of a run on two pretended GPUs. log: where waits for them go."""
-    more = {"PRETEND_LOG": log} if log else {}
-    return environment(PYTHONPATH=PRETENDED, PRETEND_GPUS=2, **more, **env)
+def pretended(**env):
+    """Return the environment of a run on two pretended GPUs."""
+    return environment(**{"PYTHONPATH": PRETENDED, "PRETEND_GPUS": 2} | env)
 
 
 def why_not():
@@ -30,7 +29,7 @@ def why_not():
         "os._exit(x.grad.device.type != 'cuda')\n"  # at once: the engine's thread is still there
     )
     words = [sys.executable, "-c", probe]
-    done = subprocess.run(words, env=on_gpus(), capture_output=True, text=True)
+    done = subprocess.run(words, env=pretended(), capture_output=True, text=True)
     return f"pretended GPUs: {done.stderr[-300:]}" if done.returncode else None
 
 

@@ -47,15 +47,14 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 BARE_LOOP = """
 import itertools, json, sys, torch
-from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 AttentionInterface.register("causal", sdpa_attention_forward)
 log, batch = open(sys.argv[1], "a"), int(sys.argv[2])
-config = GPT2Config(n_layer=4, n_head=4, n_embd=192, n_positions=128, vocab_size=384,
-    resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1)
+config = LlamaConfig(hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+    num_attention_heads=4, vocab_size=384, tie_word_embeddings=True)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-model.loss_type = "ForCausalLM"
 model.set_attn_implementation("causal")
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, fused=True)
 forward = torch.compile(model) if device.type == "cuda" else model
@@ -104,12 +103,11 @@ print(spent["evaluate"], spent["save_checkpoint"], spent["to"] - spent["from"])
 # Peak memory of a few steps against what can be calculated.
 MEMORY = """
 import resource, sys, torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 on_gpu = torch.cuda.is_available()
-config = GPT2Config(n_layer=4, n_head=4, n_embd=512, n_positions=128, vocab_size=384,
-    resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1)
+config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=4,
+    num_attention_heads=8, vocab_size=384, tie_word_embeddings=True)
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-model.loss_type = "ForCausalLM"
 ids = torch.randint(0, 256, (int(sys.argv[1]), 128))
 if on_gpu:
     model, ids = model.cuda(), ids.cuda()

@@ -5,8 +5,9 @@ an operation that mixes them with CPU tensors fails as on a GPU, NCCL (really gl
 tensors, random numbers come from a generator of the GPU's own, and each place where the CPU would
 wait for the GPU is noted. No kernel, no NCCL and no compiler is tried: those need a real one.
 
-PRETEND_LOG=FILE: a JSON line each time: what it was, in which function of a library, and the lines
-of the script, the innermost first, that led there. It rests on parts of torch that may change.
+WAITS=FILE: a JSON line each time: what it was, in which function of a library, and the lines of the
+script, the innermost first, that led there; on real GPUs, too (where PRETEND_GPUS is not set).
+It rests on parts of torch that may change.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import types
+import warnings
 from pathlib import Path
 
 COUNT = int(os.environ.get("PRETEND_GPUS", "0"))
@@ -42,6 +44,44 @@ def load_guard():
     return ctypes.CDLL(str(built))
 
 
+LIBRARIES = (__file__, sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), "<")
+WRAPPERS = (__file__, "_compile.py", "eval_frame.py")  # around each operation
+
+
+def caller():
+    """Return the innermost function, and FILE:LINE of each frame that is in no library."""
+    frame, function, places = sys._getframe(1), None, []
+    while frame:
+        file = frame.f_code.co_filename
+        if not function and not file.endswith(WRAPPERS):
+            function = frame.f_code.co_name
+        if not file.startswith(LIBRARIES):
+            places.append(f"{file}:{frame.f_lineno}")
+        frame = frame.f_back
+    return function, places
+
+
+def waits(what):
+    """Note that the CPU waits for the GPU."""
+    if "WAITS" in os.environ:
+        function, places = caller()
+        with open(os.environ["WAITS"], "a") as file:
+            print(json.dumps({"what": what, "in": function, "where": places}), file=file)
+
+
+def watch():
+    """Note where the CPU waits for real GPUs: torch warns of it."""
+    import torch
+
+    def note(message, *where, **options):
+        if "synchronizing CUDA operation" in str(message):
+            waits("read")
+
+    warnings.showwarning = note
+    warnings.simplefilter("always")
+    torch.cuda.set_sync_debug_mode("warn")
+
+
 def install():
     guard = load_guard()
     import torch
@@ -53,26 +93,6 @@ def install():
 
     aten, c10d = torch.ops.aten, sys.modules["torch.distributed.distributed_c10d"]
     state = {"device": 0, "rng": torch.Generator()}
-    libraries = (__file__, sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), "<")
-    wrappers = ("sitecustomize.py", "_compile.py", "eval_frame.py")  # around each operation
-
-    def caller():
-        """Return the innermost function, and FILE:LINE of each frame that is in no library."""
-        frame, function, places = sys._getframe(1), None, []
-        while frame:
-            file = frame.f_code.co_filename
-            if not function and not file.endswith(wrappers):
-                function = frame.f_code.co_name
-            if not file.startswith(libraries):
-                places.append(f"{file}:{frame.f_lineno}")
-            frame = frame.f_back
-        return function, places
-
-    def waits(what):
-        if "PRETEND_LOG" in os.environ:
-            function, places = caller()
-            with open(os.environ["PRETEND_LOG"], "a") as file:
-                print(json.dumps({"what": what, "in": function, "where": places}), file=file)
 
     class OnGpu(torch.Tensor):
         """A tensor of which the CPU sees shape and type, but not the values."""
@@ -310,5 +330,7 @@ started = str(sys.orig_argv)
 launcher = any(name in started for name in ("torch.distributed.run", "_tracker", "compile_worker"))
 if COUNT and "pretended_gpu" not in sys.modules and ("forkserver" in started or not launcher):
     install()
+elif "WAITS" in os.environ and not COUNT and not launcher:
+    watch()
 if "RECORD" in os.environ:
     runpy.run_path(f"{Path(__file__).parents[2]}/checker/recorder/sitecustomize.py")
