@@ -252,7 +252,7 @@ def main(args):
         logged_step, logged_time = step, time.perf_counter()
         if stop:
             break
-    # Python's end takes handlers back, but not SIG_IGN: a late warning would kill who has saved.
+    # On exit, Python restores default handlers, but keeps SIG_IGN: a late warning must not kill.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     progress.close()
     with suppress(ConnectionError):

@@ -159,7 +159,8 @@ def test_the_stand_in_has_the_pitfalls_of_the_real_one(pbs):
 
 def test_preflight_then_the_same_loss_curve_from_the_root(pbs, alone):
     """With the default home of Debian, where a login shell on another host ends with 1."""
-    job = pbs.submit(MULTI, *STEPS, PREFLIGHT=1, NPROC="")
+    two_lines = ["-l", "select=2:ncpus=1:mpiprocs=2"]  # for each host, in the node file
+    job = pbs.submit(MULTI, *STEPS, options=two_lines, PREFLIGHT=1, NPROC="")
     pbs.has_started("run")
     status, output = pbs.end(job)
     assert status == 0
@@ -360,6 +361,14 @@ def test_one_clear_line(pbs, script, options, variables, line):
     status, output = pbs.end(pbs.submit(script, options=options, **variables))
     assert status == 1
     assert len(output.splitlines()) == 1 and line in output
+    assert pbs.all_gone()
+
+
+def test_a_start_file_that_does_not_know_pbs(pbs):
+    (pbs.home / ".profile").write_text("PATH=/usr/bin:/bin\n")
+    status, output = pbs.end(pbs.submit(MULTI))
+    path = f"{sys.prefix}/bin:/usr/bin:/bin"
+    assert (status, output) == (1, f"error: there is no pbsdsh in PATH: {path}\n")
     assert pbs.all_gone()
 
 
