@@ -274,7 +274,8 @@ def main(args):
         sys.exit(0 if stop == signal.SIGUSR1 else 128 + stop)
 
     # The result: a folder that from_pretrained loads, and a look at what has been learned.
-    if rank == 0:  # the whole model, which may be too large for the GPU: on the CPU
+    if rank == 0:  # the whole model, which may be too large for the GPU: on the CPU, all of it
+        torch.set_num_threads(os.cpu_count())
         model, _ = load_model(args)
         model.load_state_dict(weights)
     if writes:

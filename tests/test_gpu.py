@@ -317,7 +317,7 @@ def test_how_fast_gpt_2_trains(tmp_path, corpus, record_property):
     for batch in (16, 8, 4, 2, 1) if REAL else (1,):  # the largest that fits
         words = [SCRIPTS["01"], *flags, *steps, "-b", batch, *([] if REAL else EXACT)]
         try:
-            run(words, 300, on_gpus(), forked=not REAL)
+            run(words, 300, on_gpus(PEAK=tmp_path / "peak"), forked=not REAL)
             break
         except AssertionError as error:
             if "out of memory" not in str(error):
@@ -333,6 +333,8 @@ def test_how_fast_gpt_2_trains(tmp_path, corpus, record_property):
     for card, peak in peaks.items():  # in bf16, without sparsity, of the SXM versions
         if card in name:
             said += f", {rate / peak:.0%} MFU"
+    if REAL:
+        said += f", at most {int((tmp_path / 'peak').read_text()) / 1e9:.1f} GB of memory"
     print(said)
     record_property("gpu", said)
 

@@ -81,7 +81,17 @@ def run(words, timeout, env, cwd=None, fails=False, forked=True):
 # imported them, and done nothing else, before: stage 01, or torchrun, which then forks its ranks.
 # Not if it needs a variable that the libraries read while they are imported: these they do not.
 # A sitecustomize.py on PYTHONPATH runs in torchrun, and what it has changed the ranks inherit.
-READ_LATE = ("WANDB_", "RECORD", "ALONE", "DIE", "PYTHONPATH", "ONEDNN_", "PRETEND_", "WAITS")
+READ_LATE = (
+    "WANDB_",
+    "RECORD",
+    "ALONE",
+    "DIE",
+    "PYTHONPATH",
+    "ONEDNN_",
+    "PRETEND_",
+    "WAITS",
+    "PEAK",
+)
 LIBRARIES = ["torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "datasets", "wandb"]
 LIBRARIES += ["transformers.models.llama.modeling_llama"]
 LIBRARIES += ["transformers.optimization", "transformers.models.auto.tokenization_auto"]

@@ -10,6 +10,7 @@ script, the innermost first, that led there; on real GPUs, too (where PRETEND_GP
 It rests on parts of torch that may change.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -70,8 +71,13 @@ def waits(what):
 
 
 def watch():
-    """Note where the CPU waits for real GPUs: torch warns of it."""
+    """Note where the CPU waits for real GPUs, of which torch warns; in PEAK the memory taken."""
     import torch
+
+    if "PEAK" in os.environ:
+        path = Path(os.environ["PEAK"])
+        atexit.register(lambda: path.write_text(str(torch.cuda.max_memory_allocated())))
+        return
 
     def note(message, *where, **options):
         if "synchronizing CUDA operation" in str(message):
@@ -330,7 +336,7 @@ started = str(sys.orig_argv)
 launcher = any(name in started for name in ("torch.distributed.run", "_tracker", "compile_worker"))
 if COUNT and "pretended_gpu" not in sys.modules and ("forkserver" in started or not launcher):
     install()
-elif "WAITS" in os.environ and not COUNT and not launcher:
+elif {"WAITS", "PEAK"} & os.environ.keys() and not COUNT and not launcher:
     watch()
 if "RECORD" in os.environ:
     runpy.run_path(f"{Path(__file__).parents[2]}/checker/recorder/sitecustomize.py")
