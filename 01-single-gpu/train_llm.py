@@ -243,7 +243,7 @@ def load_data(args, tokenizer):
 
     def tokenize_and_pack(batch, indices):
         if indices[0] == 0:  # the first batch, which is here only if the rows are not in the cache
-            tqdm.write("making the rows: a minute, once for all stages", file=sys.stderr)
+            tqdm.write("making the rows, once for all stages", file=sys.stderr)
         documents = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
         ids = np.concatenate([np.array([*document, eos], np.int32) for document in documents])
         # The tail, less than one row, is dropped: no row is ever padded.
