@@ -80,7 +80,7 @@ def main(args):
     store = dist.group.WORLD.get_group_store()
     while rank > 0 and not store.check(["data is ready"]):
         time.sleep(0.5)
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args, weights=rank == 0)  # one copy of them, not one per rank
     train_data, val_data, data_id = load_data(args, tokenizer)
     store.set("data is ready", "")
     if args.prepare_only:
@@ -88,7 +88,7 @@ def main(args):
         dist.destroy_process_group()
         print(f"in the cache, also for jobs with HF_HUB_OFFLINE=1: {data_id}")
         return
-    shard(model.train(), args.compile)
+    shard(model.train(), device, args.compile)
     if rank > 0:
         torch.manual_seed(args.seed + rank)  # the weights are made: let dropout differ by rank
 
@@ -297,8 +297,9 @@ def check_agreement(facts):
                 sys.exit(f"error: {name} is {value} on {first}, but {theirs.get(name)} on {host}")
 
 
-def load_model(args):
-    """Return the model in float32, untrained from its config or --pretrained, and its tokenizer."""
+def load_model(args, weights=True):
+    """Return the model in float32, untrained from its config or --pretrained, and its tokenizer.
+    Without weights it is an outline on the device "meta": shapes, which take no memory."""
     if args.model_name is None:
         tokenizer = ByT5Tokenizer()  # a token is a byte, so it needs no vocabulary file
         sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
@@ -312,12 +313,14 @@ def load_model(args):
     args.seq_length = args.seq_length or min(positions, 1024)
     if args.seq_length > positions:
         sys.exit(f"error: --seq-length {args.seq_length}: the model has {positions} positions")
-    if args.pretrained:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32)
-    else:
+    if not args.pretrained:
         # The largest matrix product is that with the vocabulary; GPUs like multiples of 128.
         config.vocab_size = math.ceil(max(config.vocab_size, len(tokenizer)) / 128) * 128
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if args.pretrained and weights:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32)
+    else:
+        with torch.device("cpu" if weights else "meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.loss_type = "ForCausalLM"  # what GPT-2 would fall back to, with a warning
     # Rows are full, and each is one sequence: plain causal attention. To find that out, the library
     # would read the GPU in every pass; compiled, it would build a mask: no flash attention then.
@@ -326,26 +329,37 @@ def load_model(args):
     return model, tokenizer
 
 
-def shard(model, compile_blocks):
-    """Leave one part of each parameter on each rank, and move it to the GPU. Its gradient and its
-    moments in AdamW then are such parts too: no GPU ever has all of the model, or of its state.
-
-    A block is gathered from all ranks for its forward pass, and again for its backward pass. After
-    that the ranks average its gradients, and each keeps those of its parts (reduce-scatter). So a
-    GPU needs room for the parts and a block or two: while one computes, the next is gathered. The
-    embeddings, the last norm and the head are in no block, and may share weights: they make up one
-    more group, gathered once and kept from forward to backward.
-    """
+def blocks_of(model):
+    """Return the list of the model's blocks: that with the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     if not lists:
         sys.exit("error: --model-name: this model has no list of blocks (ModuleList) to shard")
-    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-    for block in blocks:
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def shard(model, device, compile_blocks):
+    """Leave a part of each parameter on each rank, and so of its gradient and moments. A block is
+    gathered to compute. What is in no block, and may share weights, is one more such group."""
+    for block in blocks_of(model):
+        receive(block, device)
         if compile_blocks:
             block.compile()
-        # Dropped after forward: to keep it would save gathering it again, but take room for all.
-        fully_shard(block, reshard_after_forward=True)
+        fully_shard(block, reshard_after_forward=True)  # drop it after forward, gather it again
+    receive(model, device)
     fully_shard(model)
+
+
+def receive(module, device):
+    """Fill a module with rank 0's weights: on the other ranks it is an outline until now."""
+    for part in module.modules():
+        if any(tensor.is_meta for tensor in (*part.parameters(False), *part.buffers(False))):
+            part.to_empty(device=device, recurse=False)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()  # embedding and head may be one tensor, and have been made as two
+    # Buffers, too: no state dict has all of them (not the frequencies of rotary positions).
+    for tensor in (*module.to(device).parameters(), *module.buffers()):
+        if not isinstance(tensor, DTensor):  # that is of a block, which has been sharded before
+            dist.broadcast(tensor.data, 0)
 
 
 def whole(state):

@@ -27,6 +27,7 @@ from lab.stages import (
     weights,
     worst_difference,
 )
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import (
     AutoModelForCausalLM,
@@ -172,25 +173,41 @@ def bytes_of(tensors):
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def resident(what):
+    """Return memory of this process in bytes: VmHWM, the highest since it was last asked for that,
+    or RssAnon, what it has now and shares with no file."""
+    status = Path("/proc/self/status").read_text()
+    if what == "VmHWM":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    return int(re.search(rf"{what}:\s*(\d+) kB", status)[1]) * 1024
+
+
 def weighing(words, env, outputs):
-    """Be a rank that writes down what it holds after a step, and its peak since the step before."""
+    """Be a rank that writes down its peak until it has its part of the model (or, to go on, of the
+    checkpoint), what it holds after a step, and its peak since the step before."""
+    found = {}
+
+    def weigh_start(module, args):
+        kinds = ("VmHWM", "RssAnon") if not found else ()
+        found.update({kind: resident(kind) - base[kind] for kind in kinds})
 
     def weigh(optimizer, args, kwargs):
         parameters = optimizer.param_groups[0]["params"]
         moments = [optimizer.state[p][name] for p in parameters for name in MOMENTS]
         gradients = [parameter.grad for parameter in parameters]
-        status = Path("/proc/self/status").read_text()
         held = {
             "parameters": bytes_of(parameters),
             "gradients": bytes_of(gradients),
             "moments": bytes_of(moments),
-            "peak": int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024,
+            "peak": resident("VmHWM"),
         }
-        outputs[0].with_suffix(".json").write_text(json.dumps(held))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        outputs[0].with_suffix(".json").write_text(json.dumps(held | found))
 
     # Give memory back to the system once it is free, so that what a peak counts is in use.
     ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
+    resident("VmHWM")
+    base = {kind: resident(kind) for kind in ("VmHWM", "RssAnon")}
+    register_module_forward_pre_hook(weigh_start)
     register_optimizer_step_post_hook(weigh)
     GenerationMixin.generate = lambda self, start, **_: start  # a sample takes longer than the rest
     be_python(words, env, outputs)
@@ -198,7 +215,8 @@ def weighing(words, env, outputs):
 
 def weighed(script, processes, flags, folder):
     """Return what each rank of a run of a few steps holds, in bytes."""
-    more = ["--max-steps", 3, "--global-batch-size", 4, "-b", 1]
+    more = [] if "--max-steps" in flags else ["--max-steps", 3]
+    more += ["--global-batch-size", 4, "-b", 1]
     run = Ranks(folder, processes, *flags, *more, script=script, start=weighing)
     codes, output = run.end(300)
     assert codes == [0] * processes, output
@@ -213,6 +231,21 @@ def test_a_rank_holds_its_part_of_parameters_gradients_and_moments(flags, tmp_pa
             parts = [held[kind] * processes / whole[kind] for kind in list(whole)[:3]]
             print(f"1/{processes} times {parts}")
             assert all(abs(part - 1) < 0.1 for part in parts)
+
+
+@pytest.mark.slow
+def test_only_rank_0_ever_has_the_whole_model(flags, few_texts, tmp_path):
+    """Neither to start nor to go on, where the checkpoint is mapped and not read."""
+    ByT5Tokenizer().save_pretrained(tmp_path / "59M")
+    sizes = {"n_layer": 12, "n_head": 10, "n_embd": 640, "n_positions": 128}
+    GPT2Config(**sizes, vocab_size=384, eos_token_id=1).save_pretrained(tmp_path / "59M")
+    flags = [*flags, "-m", tmp_path / "59M", "-d", few_texts, "-e", "run"]
+    for kind, steps in {"VmHWM": 2, "RssAnon": 3}.items():
+        ranks = weighed(SHARDED, 2, [*flags, "--max-steps", steps], tmp_path)
+        models = [rank[kind] / (59.4e6 * 4) for rank in ranks]
+        print(f"{kind} before step {steps}: {models} models in fp32")
+        # To start, half of the model, and a block. To go on, half of its two moments as well.
+        assert models[1] < (0.85 if kind == "VmHWM" else 1.8)
 
 
 @pytest.mark.slow
