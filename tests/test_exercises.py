@@ -249,7 +249,7 @@ LOCAL_NORM = (
 MISTAKES_IN_SHARDING = {
     "nothing": (("shard(model.train(), args.compile)", "model.train()"), "nothing is sharded"),
     "only the root": (
-        ("        fully_shard(block, reshard_after_forward=True)\n", "        pass\n"),
+        ("        fully_shard(block, reshard_after_forward=True)", "        pass"),
         "only the root is (GPT2LMHeadModel)",
     ),
     "the norm of one rank's part": (
