@@ -229,7 +229,7 @@ def test_a_rerun_job_continues_with_logs_of_its_own_and_ends_at_the_walltime(pbs
     """Saved in the 8 s between TERM and KILL, though an evaluation takes longer."""
     for folder in FOLDERS.values():
         evaluate_slowly(pbs.repository / folder / "train_llm.py")
-    job = pbs.submit(script, *FOREVER)
+    job = pbs.submit(script, *FOREVER, "--log-freq", 1)
     pbs.has_started("run")
     pbs.qrerun(job)
     wait_for((pbs.outputs / "run" / "checkpoint.pt").exists, 8, "saved on TERM")
