@@ -313,7 +313,6 @@ def test_how_fast_gpt_2_trains(tmp_path, corpus, record_property):
     ByT5Tokenizer().save_pretrained(tmp_path / "gpt2")
     flags = ["-m", tmp_path / "gpt2", "-d", corpus / "corpus.jsonl", "--save-dir", tmp_path]
     steps = ["--max-steps", 60 if REAL else 2, "--log-freq", 20 if REAL else 1, "-e", "run"]
-    batch = 16 if REAL else 1
     for batch in (16, 8, 4, 2, 1) if REAL else (1,):  # the largest that fits
         words = [SCRIPTS["01"], *flags, *steps, "-b", batch, *([] if REAL else EXACT)]
         try:
