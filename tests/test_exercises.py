@@ -247,7 +247,11 @@ LOCAL_NORM = (
     "grad_norm = torch.stack([p.grad.to_local().norm() for p in model.parameters()]).norm()"
 )
 MISTAKES_IN_SHARDING = {
-    "nothing": (("shard(model.train(), args.compile)", "model.train()"), "nothing is sharded"),
+    "nothing": (
+        ("load_model(args, weights=rank == 0)", "load_model(args)"),
+        ("shard(model.train(), device, args.compile)", "model.train()"),
+        "nothing is sharded",
+    ),
     "only the root": (
         ("        fully_shard(block, reshard_after_forward=True)", "        pass"),
         "only the root is (GPT2LMHeadModel)",
