@@ -5,7 +5,7 @@ losses and rows are the right ones. Says what holds, what does not, and the like
 exit status is 0 if all holds. Takes a minute on two idle cores, without GPU or network.
 
 02, 03, 04: the script is that stage. ddp: stage 02 with an averaging of your own instead of DDP.
-sharded: stage 03 with fully_shard.
+sharded: stage 03 with fully_shard. tp: stage 02 with layers that the ranks share, instead of DDP.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
 from checker import mistakes
 from checker.mistakes import END, GLOBAL_BATCH, MICRO_BATCH, RANKS, STOP
 from lab.hosts import Hosts, why_not
-from lab.material import make_model, source_code
+from lab.material import make_llama, make_model, source_code
 from lab.stages import (
     FOLDERS,
     ROOT,
@@ -36,8 +37,8 @@ from lab.stages import (
     run_forked,
 )
 
-ALIKE = {"ddp": "02", "sharded": "03"}  # whose command line and devices they have
-ALL = {"02": 15, "03": 15, "04": 15, "ddp": 16, "sharded": 15}  # things that should hold
+ALIKE = {"ddp": "02", "sharded": "03", "tp": "02"}  # whose command line and devices they have
+ALL = {"02": 15, "03": 15, "04": 15, "ddp": 16, "sharded": 15, "tp": 8}  # things that should hold
 
 
 def main():
@@ -85,7 +86,10 @@ class Reference:
         # of validation batches (9 rows).
         documents = 58 if stage == "sharded" else 4
         data.write_text("\n".join(json.dumps({"text": text}) for text in source_code(documents)))
-        self.flags = ["-m", model, "-d", data, "--global-batch-size", GLOBAL_BATCH]
+        self.flags = ["-m", model]
+        if stage == "tp":
+            self.flags = ["-m", make_llama(folder / "llama"), "--pretrained"]
+        self.flags += ["-d", data, "--global-batch-size", GLOBAL_BATCH]
         self.flags += ["--max-steps", END, "--warmup-steps", 4, "--lr", 0.01]
         self.flags += ["--log-freq", 1, "--ckpt-freq", STOP]
         line = command("01", *self.flags, "-b", GLOBAL_BATCH, "-e", "reference")
@@ -102,6 +106,7 @@ class Reference:
         self.curve = metrics(folder / "reference")
         self.checkpoint = folder / "reference" / "checkpoint.pt"
         self.rows = mistakes.rows_of(notes_of(folder / "reference-notes", 1))
+        self.parameters = len(torch.load(self.checkpoint)["optimizer"]["state"])
 
 
 class Check:
@@ -117,7 +122,8 @@ class Check:
     def all(self):
         """Yield (what should hold, what is wrong or None), up to the run in which one is wrong."""
         wrong = False
-        for part in (self.first_run, self.device, self.second_run):
+        runs = (self.first_run, self.device, self.second_run)
+        for part in runs[:2] if self.stage == "tp" else runs:  # it does not go on
             for what, mistake in part():
                 wrong = wrong or mistake
                 yield what, mistake
@@ -147,6 +153,9 @@ class Check:
             mine = list({row["step"]: row for row in mine}.values())
         yield "one rank writes the checkpoint", mistakes.why_not_one_writes(notes, self.run_dir)
         yield "the rows are made once, by rank 0", mistakes.why_not_made_once(notes)
+        if self.stage == "tp":
+            yield from self.shared_layers(mine, notes)
+            return
         wrong = mistakes.why_not_the_rows(self.right.rows[:STOP], notes)
         yield "the ranks share out the rows that stage 01 reads at each step", wrong
         if wrong:
@@ -168,6 +177,19 @@ class Check:
         path = self.run_dir / "checkpoint.pt"
         wrong = mistakes.why_not_interchangeable(path, self.right.checkpoint)
         yield "the checkpoint is one that stage 01 could load", wrong
+
+    def shared_layers(self, mine, notes):
+        """Yield what holds of tensor parallelism."""
+        wrong = mistakes.why_not_the_same_rows(self.right.rows[:STOP], notes)
+        yield "each rank reads the rows that stage 01 reads at each step", wrong
+        if wrong:
+            return
+        right = self.right.curve, mine[:STOP], notes, self.right.parameters
+        wrong = mistakes.why_not_shared(*right)
+        yield "losses and norms are those of stage 01; what is whole is equal on all ranks", wrong
+        if not wrong:
+            wrong = mistakes.why_other_numbers(notes)
+            yield "the ranks draw the same random numbers, for dropout", wrong
 
     def device(self):
         """Yield whether each rank takes the GPU of its local rank; the GPUs are pretended."""
@@ -234,6 +256,7 @@ class Check:
         """
         folder, forked = self.folder / name, self.right.forked and self.alike != "04"
         env = recorded(folder, QUIET=self.right.quiet, **env)
+        env |= {"EACH": "1"} if self.stage == "tp" else {}
         hosts = Hosts(folder, forked) if self.alike == "03" and not why_not() else None
         output = folder / "output.txt"
         if hosts:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from check_exercise import ALL, Check, Reference, processes_of
 from lab.hosts import wait_for, why_not
-from lab.stages import FOLDERS, ROOT, SHARDED, environment, run_forked
+from lab.stages import FOLDERS, ROOT, SHARDED, apply, blocks_of, environment, run_forked
 
 REASON = why_not()
 two_hosts = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
@@ -249,7 +249,7 @@ LOCAL_NORM = (
 MISTAKES_IN_SHARDING = {
     "nothing": (
         ("load_model(args, weights=rank == 0)", "load_model(args)"),
-        ("shard(model.train(), device, args.compile)", "model.train()"),
+        ("shard(model.train(), device, args.compile, args.recompute)", "model.train()"),
         "nothing is sharded",
     ),
     "only the root": (
@@ -269,6 +269,69 @@ MISTAKES_IN_SHARDING = {
         "is only a part",
     ),
 }
+
+
+PAGE_2D = "03-multi-node/two_dimensions.md"
+SPLIT = "    split(model)\n"
+SAME_ROWS = "DistributedSampler(data, 1, 0, seed=args.seed), 1"
+OUT = "    @staticmethod\n    def backward(ctx, gradient):\n        return gradient\n"
+PARTS = 'parts = [p.grad for p in parameters if hasattr(p, "is_part")]'
+NORM = "norm = (squares + torch.nn.utils.get_total_norm(others) ** 2).sqrt()"
+HEAD = "    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())\n"
+MISTAKES_IN_TP = {
+    "other rows": (
+        (SAME_ROWS, "DistributedSampler(data, seed=args.seed), dist.get_world_size()"),
+        "the ranks read different rows",
+    ),
+    "nothing on the way in": (("Enter.apply(output)", "output"), "in the backward pass"),
+    "nothing on the way out": (("Leave.apply(output)", "output"), "so the forward pass is"),
+    "once too many": ((OUT, "    backward = Enter.backward\n"), "an all-reduce too many"),
+    "the norm of one rank": (("    dist.all_reduce(squares)\n", ""), "that of one rank's parts"),
+    "the norm of all": (
+        (PARTS, "parts = [p.grad for p in parameters]"),
+        (NORM, "norm = squares.sqrt()"),
+        "counts twice what both ranks have whole",
+    ),
+    "the loss of all": (("loss_sum.item(),", "loss_sum.item() / world_size,"), "is 0.5 times"),
+    "the evaluation of all": (
+        (
+            "    model.train()\n    return",
+            "    dist.all_reduce(loss_sum)\n    model.train()\n    return",
+        ),
+        "val_loss is summed over the ranks",
+    ),
+    "a seed for each": ((SPLIT, SPLIT + "    torch.manual_seed(rank)\n"), "one seed for those"),
+    "nothing split": ((SPLIT, ""), "nothing is split"),
+    "untied": ((SPLIT, SPLIT + HEAD), "1 parameters too many"),
+}
+
+
+@pytest.fixture(scope="module")
+def right_when_shared(tmp_path_factory):
+    return Reference(tmp_path_factory.mktemp("right-tp"), "tp", forked=True)
+
+
+def my_tp(tmp_path, *changes):
+    """Return stage 02 with the solution of two_dimensions.md, changed."""
+    (solution,) = [diff for diff in blocks_of(PAGE_2D, "diff") if "@@ main: batches" in diff]
+    script = apply(solution, source_of("02").read_text())
+    for old, new in changes:
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    path = tmp_path / "my_tp.py"
+    path.write_text(script)
+    return path
+
+
+def test_tensor_parallelism_by_hand_holds(right_when_shared, tmp_path):
+    results = dict(Check("tp", my_tp(tmp_path), right_when_shared, tmp_path).all())
+    assert len(results) == ALL["tp"] and not any(results.values()), results
+
+
+@pytest.mark.parametrize("mistake", some_slow(MISTAKES_IN_TP, "the norm of one rank"))
+def test_a_mistake_in_tensor_parallelism_is_named(right_when_shared, tmp_path, mistake):
+    *changes, message = MISTAKES_IN_TP[mistake]
+    assert message in one_mistake("tp", my_tp(tmp_path, *changes), right_when_shared, tmp_path)
 
 
 def solution_by_hand():

@@ -122,6 +122,100 @@ def why_not_the_rows(right, notes):
     return "the ranks do not read the rows of stage 01: seed, drop_last, and who takes which?"
 
 
+def why_not_the_same_rows(right, notes):
+    """Tensor parallelism: each rank reads all rows that stage 01 reads."""
+    if not all(map(rows_read, notes)):
+        return "one rank reads nothing"
+    for rank in notes:
+        mine = rows_of([rank])[:STOP]
+        if not same_rows(mine, right[: len(mine)]):
+            return (
+                "the ranks read different rows, and those who share a layer must work on the same: "
+                "DistributedSampler(data, 1, 0, ...), and no division by the number of ranks, in "
+                "micro-steps and in the slice of an epoch."
+            )
+    return None
+
+
+def why_not_shared(curve, mine, notes, parameters):
+    """Tensor parallelism: the metrics of the first steps, and what each rank's parameters did.
+
+    parameters: how many stage 01 has.
+    """
+    right, first, last = curve[1], mine[0], mine[-1]
+    steps = [steps_of(rank) for rank in notes]
+    if not all(steps):
+        return "one rank never steps an optimizer."
+    ranks = [rank[0]["each"] for rank in steps]
+    if len(set(map(len, ranks))) > 1:
+        return "the ranks have different numbers of parameters with a gradient."
+    if len(ranks[0]) > parameters:
+        return (
+            f"{len(ranks[0]) - parameters} parameters too many: embedding and head were one. Tie "
+            "them again after the split, or leave them whole."
+        )
+    whole = [one[0] == other[0] for one, other in zip(*ranks, strict=True)]  # equal weights
+    if all(whole):
+        return "nothing is split: every rank has the same weights."
+    loss = first["loss"] / right["loss"]
+    if near(loss, RANKS) or near(loss, 1 / RANKS):
+        return f"the loss is {loss:.2g} times what it should be: all have it, so none adds up."
+    if not near(loss, 1):
+        return (
+            "the loss of step 1 is wrong, so the forward pass is. Rows of q, k, v, gate and up, "
+            "columns of o and down, of this rank; one all-reduce after o and one after down (a "
+            "bias there is added once, after it)."
+        )
+    # The optimizer has seen the gradients after clipping, by the norm that was logged; or each rank
+    # has clipped by its own, and now has a norm of 1.
+    norm, own = (
+        first["grad_norm"],
+        "the norm is that of one rank's parts: add up the squares of all.",
+    )
+    if norm > 1 and all(near(sum(each**2 for _, each in rank), 1) for rank in ranks):
+        return own
+    squares = [[(each * max(1, norm)) ** 2 for _, each in rank] for rank in ranks]
+    shared, other = ([x for x, same in zip(rank, whole, strict=True) if same] for rank in squares)
+    if not all(near(a, b) for a, b in zip(shared, other, strict=True)):
+        return (
+            "the loss is right, but what both ranks have whole (norms, embedding) gets another "
+            "gradient on each: each has a summand of the gradient of what goes into attention and "
+            "MLP; all-reduce it there, in the backward pass."
+        )
+    cut = [x for rank in squares for x, same in zip(rank, whole, strict=True) if not same]
+    true = (sum(shared) + sum(cut)) ** 0.5
+    if near(true, right["grad_norm"]) and not near(norm, true):
+        if near(norm, sum(squares[0]) ** 0.5):
+            return own
+        if near(norm, (2 * sum(shared) + sum(cut)) ** 0.5):
+            return "the norm counts twice what both ranks have whole: only parts add up over ranks."
+        return "the gradients are right, their norm is not."
+    if not near(norm, right["grad_norm"]):
+        return (
+            "the loss of step 1 is right, the gradients are equal where they should be, and wrong: "
+            "an all-reduce too many in the backward pass? On the way out the gradient stays as it "
+            "is."
+        )
+    for number, step in enumerate(zip(*steps, strict=False), start=1):
+        one, other = (rank["each"] for rank in step)
+        if any(same and a[0] != b[0] for same, a, b in zip(whole, one, other, strict=True)):
+            return f"what both ranks have whole is no longer equal at step {number}."
+    wrong = why_not_the_curve(curve, mine, notes)
+    if wrong and near(last["val_loss"], RANKS * curve[last["step"]]["val_loss"]):
+        return "val_loss is summed over the ranks: all have seen the same rows, so none adds up."
+    return wrong
+
+
+def why_other_numbers(notes):
+    """Random numbers of ranks that share layers."""
+    if len({steps_of(rank)[0]["rng"][0] for rank in notes}) > 1:
+        return (
+            "each draws its own, so dropout drops other units of what all compute: one seed for "
+            "those who share a layer."
+        )
+    return None
+
+
 def why_not_sharded(notes):
     """Parameters of stage 03, sharded: each rank keeps a part of each."""
     modules = [note["module"] for note in notes[0] if note.get("call") == "fully_shard"]

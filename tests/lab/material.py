@@ -3,7 +3,8 @@
 import sysconfig
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, logging
+import torch
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, LlamaConfig, logging
 
 logging.disable_progress_bar()
 
@@ -35,4 +36,22 @@ def make_model(folder, dropout, width=48):
         eos_token_id=1,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def make_llama(folder):
+    """Make one with grouped heads, tied embedding and head, and weights at which a first loss
+    depends on every layer: those that a model begins with are too small."""
+    tokenizer = ByT5Tokenizer()
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    words = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": 1}
+    config = LlamaConfig(**sizes, **words, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
     return folder

@@ -77,26 +77,65 @@ def ring(axes, points, text):
 
 
 def stages_map():
-    axes = canvas(9.6, 8.2)
+    axes = canvas(9.6, 10.15)
 
     def title(y, number, text):
         axes.text(0.15, y, number, fontsize=15, weight="bold", color=INK, va="center")
         axes.text(0.62, y, text, fontsize=10, color=INK, va="center")
 
-    title(7.95, "01", "one process, started with python")
-    host(axes, 0.6, 6.75, "one machine", [0])
-    title(6.35, "02", "torchrun starts one process per GPU")
-    points = host(axes, 0.6, 4.8, "one machine", [0, 1, 2, 3], "torchrun")
+    title(9.9, "01", "one process, started with python")
+    host(axes, 0.6, 8.7, "one machine", [0])
+    title(8.3, "02", "torchrun starts one process per GPU")
+    points = host(axes, 0.6, 6.75, "one machine", [0, 1, 2, 3], "torchrun")
     ring(axes, points, "all-reduce: the gradients are averaged at each step")
     title(
-        4.15,
+        6.1,
         "03",
         "a torchrun on each machine; they meet at a store, and deal out the ranks",
     )
-    two_hosts(axes, 2.6, ["torchrun", "torchrun"])
-    title(1.95, "04", "the script is its own launcher: rank = node rank x 2 + local rank")
-    two_hosts(axes, 0.4, ["train_llm.py --node-rank 0", "train_llm.py --node-rank 1"])
+    two_hosts(axes, 4.55, ["torchrun", "torchrun"])
+    title(3.9, "04", "the script is its own launcher: rank = node rank x 2 + local rank")
+    two_hosts(axes, 2.35, ["train_llm.py --node-rank 0", "train_llm.py --node-rank 1"])
+    title(
+        1.75,
+        "03",
+        "sharded: each keeps a part; in two dimensions: a node's ranks share layers",
+    )
+    for node, x in enumerate((0.6, 5.3)):
+        points = host(axes, x, 0.5, f"node{node + 1}", [2 * node, 2 * node + 1])
+        ring(axes, points, "activations")
+    axes.annotate("", (3.1, 1.0), (5.2, 1.0), arrowprops={"arrowstyle": "<->", "color": BLUE})
+    axes.text(3.25, 1.12, "weights, gradients", fontsize=9, color=BLUE)
     return "map.svg"
+
+
+def mesh():
+    axes = canvas(9.4, 2.5)
+
+    def matrix(x, name, parts):
+        axes.text(x, 2.25, name, fontsize=9, va="center", color=INK)
+        for left, bottom, width, height, rank in parts:
+            color = LIGHT if rank % 2 else ORANGE  # the rank within its group
+            box(axes, x + left, 0.2 + bottom, width, height, f"rank {rank}", color)
+
+    rows = [(0, 1.35, 0), (0, 0.9, 2), (0, 0.45, 1), (0, 0, 3)]
+    matrix(
+        0.2,
+        "q_proj: half of its heads, and\nof those rows a group's half",
+        [(left, bottom, 1.8, 0.45, rank) for left, bottom, rank in rows],
+    )
+    squares = [(0, 0.9, 0), (0.9, 0.9, 1), (0, 0, 2), (0.9, 0, 3)]
+    matrix(
+        3.5,
+        "o_proj: the columns of its\nheads, and half of their rows",
+        [(left, bottom, 0.9, 0.9, rank) for left, bottom, rank in squares],
+    )
+    axes.text(
+        6.8, 2.25, "a norm: both ranks of a\ngroup have the same half", fontsize=9, va="center"
+    )
+    box(axes, 6.8, 1.1, 1.8, 0.45, "ranks 0 and 1", GREY)
+    box(axes, 6.8, 0.65, 1.8, 0.45, "ranks 2 and 3", GREY)
+    return "03-multi-node/mesh.svg"
 
 
 def ranks():
@@ -204,7 +243,7 @@ def links(found):
 def main():
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     sections = {curves: "curves", timeline: "timeline", links: "links"}
-    for picture in (stages_map, ranks, curves, timeline, links):
+    for picture in (stages_map, ranks, mesh, curves, timeline, links):
         section = sections.get(picture)
         if section and section not in results:
             print(f"{section} was not measured: run python tests/pages/benchmark.py {section}")

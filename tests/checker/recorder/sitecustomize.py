@@ -149,6 +149,9 @@ def watch_closely():
             weights=digest(parameters),
             rng=[before, digest([torch.get_rng_state()])],
             parts=sum(isinstance(p, DTensor) for p in parameters),
+            each=[[digest([p]), p.grad.norm().item()] for p in parameters if p.grad is not None]
+            if "EACH" in os.environ
+            else None,
         )
 
     Dataset.map, torch.nn.utils.clip_grad_norm_ = noted_map, noted_clip
