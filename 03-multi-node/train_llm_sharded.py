@@ -20,20 +20,23 @@ import time
 import zipfile
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from glob import escape, glob
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 import wandb
-from datasets import disable_progress_bars, load_dataset
+from datasets import load_dataset
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
@@ -71,9 +74,6 @@ def main(args):
         sys.exit(f"error: --global-batch-size {args.global_batch_size} is no multiple of {parts}")
 
     # Model and data. The seed decides the initial weights, and then what dropout draws.
-    if not sys.stderr.isatty():  # a log file is no place for progress bars
-        disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(args.seed)
     dropout_rng = torch.cuda if on_gpu else torch  # where dropout draws its numbers
     # Rank 0 makes the rows while the others ask at the store: a collective would time out.
@@ -83,12 +83,12 @@ def main(args):
     model, tokenizer = load_model(args, weights=rank == 0)  # one copy of them, not one per rank
     train_data, val_data, data_id = load_data(args, tokenizer)
     store.set("data is ready", "")
+    dist.barrier()  # now all have seen it: the store may end with rank 0
     if args.prepare_only:
-        dist.barrier()  # the store may end with rank 0
         dist.destroy_process_group()
         print(f"in the cache, also for jobs with HF_HUB_OFFLINE=1: {data_id}")
         return
-    shard(model.train(), device, args.compile)
+    shard(model.train(), device, args.compile, args.recompute)
     if rank > 0:
         torch.manual_seed(args.seed + rank)  # the weights are made: let dropout differ by rank
 
@@ -212,18 +212,23 @@ def main(args):
         save_now = save_now or stop > 0
         dist.all_reduce(loss_sum)  # the sum over the ranks
         tokens = (step - logged_step) * args.global_batch_size * args.seq_length
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * unit
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()  # the next line has the peak since this one
         row = {
             "step": step,
             "loss": loss_sum.item() / world_size,
             "lr": lr,
             "grad_norm": grad_norm.item(),
             "tokens_per_s": tokens / (time.perf_counter() - logged_time),
+            "memory_gb": memory / 1e9,
             "epoch": step / epoch_steps,
             "world_size": world_size,
         }
         if save_now and not stop:  # who is told to stop may not have the time for it
             row["val_loss"] = evaluate(model, val_data, args.batch_size, autocast)
-        if save_now:
+        if save_now and run_dir:
             rng = [None] * world_size
             dist.all_gather_object(rng, dropout_rng.get_rng_state())
             state = whole({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -231,7 +236,6 @@ def main(args):
         if not all(map(math.isfinite, row.values())):  # nor are the weights, then: do not save
             sys.exit(f"error: not finite: {text}: start over with another name and a lower --lr")
         progress.clear()  # the line goes above the bar
-        progress.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
         log.info(text)
         if writes:
             with open(metrics, "a") as file:
@@ -248,6 +252,9 @@ def main(args):
                 "flags": flags,
             }
             save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
+            if args.keep_every and step % (args.keep_every * args.ckpt_freq) == 0:
+                (run_dir / f"checkpoint-{step}.pt").unlink(missing_ok=True)
+                os.link(run_dir / "checkpoint.pt", run_dir / f"checkpoint-{step}.pt")
             del state, checkpoint  # or the next ones would be made beside them
         with suppress(ConnectionError):  # a scheduler's SIGTERM may have ended wandb's process
             wandb_run.log(row, step=step)
@@ -337,13 +344,14 @@ def blocks_of(model):
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
-def shard(model, device, compile_blocks):
-    """Leave a part of each parameter on each rank, and so of its gradient and moments. A block is
-    gathered to compute. What is in no block, and may share weights, is one more such group."""
+def shard(model, device, compile_blocks, recompute):
+    """Leave a part of each parameter on each rank, and so of its gradient and its moments."""
     for block in blocks_of(model):
         receive(block, device)
         if compile_blocks:
-            block.compile()
+            block.forward = torch.compile(block.forward)
+        if recompute:  # what is inside it, in the backward pass, rather than keep that
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         fully_shard(block, reshard_after_forward=True)  # drop it after forward, gather it again
     receive(model, device)
     fully_shard(model)
@@ -404,15 +412,12 @@ def load_data(args, tokenizer):
         return {"input_ids": ids[: len(ids) // seq_length * seq_length].reshape(-1, seq_length)}
 
     texts = load_documents(args.dataset_name, args.dataset_subset).select_columns("text")
-    rows = texts.map(tokenize_and_pack, with_indices=True, batched=True, remove_columns="text")
-    rows = rows.with_format("torch")
+    how = {"with_indices": True, "batched": True, "num_proc": args.num_proc}
+    rows = texts.map(tokenize_and_pack, remove_columns="text", **how).with_format("torch")
     # Held out: the last 1 %, but not so many that evaluating them takes minutes.
     num_train = len(rows) - max(args.global_batch_size, min(len(rows) // 100, 128))
     if num_train < args.global_batch_size:
-        sys.exit(
-            f"error: --dataset-name {args.dataset_name}: {len(rows)} rows of {seq_length} tokens "
-            f"are too few for two global batches of {args.global_batch_size}"
-        )
+        sys.exit(f"error: -d {args.dataset_name}: {len(rows)} rows, less than two global batches")
     some_rows = rows[:: max(1, len(rows) // 100)]["input_ids"].numpy()
     data_id = f"{len(rows)} rows {hashlib.sha256(some_rows.tobytes()).hexdigest()[:12]}"
     return rows.select(range(num_train)), rows.select(range(num_train, len(rows))), data_id
@@ -458,7 +463,7 @@ def endless_batches(data, args, samples_seen):
     while True:
         epoch, position = divmod(samples_seen, epoch_samples)
         sampler.set_epoch(epoch)  # else each epoch has the order of the first
-        indices = list(sampler)  # every world_size-th of the permutation, from rank on
+        indices = list(sampler)  # of the permutation, the share of this rank
         # Starting in the middle of an epoch is a slice, however far the run has come.
         yield from DataLoader(
             data,
@@ -522,8 +527,9 @@ def parse_args():
     add("--pretrained", action="store_true", help="start from the weights of --model-name")
     add("-d", "--dataset-name", help="on the hub, or files (.jsonl, .parquet, text); None: Python")
     add("--dataset-subset", help="configuration of a data set on the hub")
-    add("-b", "--batch-size", type=int, default=8, help="sequences per process and micro-step")
-    add("--global-batch-size", type=int, help="per optimizer step; None: --batch-size x processes")
+    add("--num-proc", type=int, help="processes that make the rows; None: this one")
+    add("-b", "--batch-size", type=int, default=8, help="micro-batch: sequences at once")
+    add("--global-batch-size", type=int, help="per optimizer step; None: those of one micro-step")
     add("-s", "--seq-length", type=int, help="tokens; None: the model's, at most 1024")
     add("--lr", type=float, default=1e-3, help="peak of the learning rate")
     add("--warmup-steps", type=int, default=50, help="steps up to the peak")
@@ -532,9 +538,11 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout")
     add("--log-freq", type=int, default=10, help="steps from one line of numbers to the next")
     add("--ckpt-freq", type=int, default=100, help="steps from one evaluation and save to the next")
+    add("--keep-every", type=int, help="keep each Nth checkpoint, as checkpoint-STEP.pt; None: no")
     add("--save-dir", type=Path, default=outputs, help="folder that holds the runs' folders")
     add("--dtype", choices=["fp32", "bf16"], help="of autocast; None: bf16 on GPUs that have it")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    add("--recompute", action="store_true", help="each block's activations in the backward pass")
     add("--timeout", type=int, default=300, help="seconds that a rank waits for the others")
     add("--prepare-only", action="store_true", help="download, tokenize and cache, then exit")
     add("--profile", action="store_true", help="write a torch.profiler trace of five steps")

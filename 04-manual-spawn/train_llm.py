@@ -22,14 +22,16 @@ from contextlib import nullcontext, suppress
 from datetime import timedelta
 from glob import escape, glob
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
+import dill
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 import wandb
-from datasets import disable_progress_bars, load_dataset
+from datasets import load_dataset
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
@@ -119,9 +121,6 @@ def main(args):
         sys.exit(f"error: --global-batch-size {args.global_batch_size} is no multiple of {parts}")
 
     # Model and data. The seed decides the initial weights, and then what dropout draws.
-    if not sys.stderr.isatty():  # a log file is no place for progress bars
-        disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(args.seed)
     dropout_rng = torch.cuda if on_gpu else torch  # where dropout draws its numbers
     # Rank 0 makes the rows while the others ask at the store: a collective would time out.
@@ -131,8 +130,8 @@ def main(args):
     model, tokenizer = load_model(args)
     train_data, val_data, data_id = load_data(args, tokenizer)
     store.set("data is ready", "")
+    dist.barrier()  # now all have seen it: the store may end with rank 0
     if args.prepare_only:
-        dist.barrier()  # the store may end with rank 0
         dist.destroy_process_group()
         print(f"in the cache, also for jobs with HF_HUB_OFFLINE=1: {data_id}")
         return
@@ -262,25 +261,29 @@ def main(args):
         save_now = save_now or stop > 0
         dist.all_reduce(loss_sum)  # the sum over the ranks
         tokens = (step - logged_step) * args.global_batch_size * args.seq_length
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * unit
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()  # the next line has the peak since this one
         row = {
             "step": step,
             "loss": loss_sum.item() / world_size,
             "lr": lr,
             "grad_norm": grad_norm.item(),
             "tokens_per_s": tokens / (time.perf_counter() - logged_time),
+            "memory_gb": memory / 1e9,
             "epoch": step / epoch_steps,
             "world_size": world_size,
         }
         if save_now and not stop:  # who is told to stop may not have the time for it
             row["val_loss"] = evaluate(model, val_data, args.batch_size, autocast)
-        if save_now:
+        if save_now and run_dir:
             rng = [None] * world_size
             dist.all_gather_object(rng, dropout_rng.get_rng_state())
         text = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
         if not all(map(math.isfinite, row.values())):  # nor are the weights, then: do not save
             sys.exit(f"error: not finite: {text}: start over with another name and a lower --lr")
         progress.clear()  # the line goes above the bar
-        progress.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
         log.info(text)
         if writes:
             with open(metrics, "a") as file:
@@ -298,6 +301,9 @@ def main(args):
                 "flags": flags,
             }
             save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
+            if args.keep_every and step % (args.keep_every * args.ckpt_freq) == 0:
+                (run_dir / f"checkpoint-{step}.pt").unlink(missing_ok=True)
+                os.link(run_dir / "checkpoint.pt", run_dir / f"checkpoint-{step}.pt")
         with suppress(ConnectionError):  # a scheduler's SIGTERM may have ended wandb's process
             wandb_run.log(row, step=step)
         logged_step, logged_time = step, time.perf_counter()
@@ -309,8 +315,8 @@ def main(args):
     with suppress(ConnectionError):
         wandb_run.finish()
 
-    # The end. DDP refers to the group, and as the last to do so it would wait for gloo's threads,
-    # which may wait for Python's lock, which DDP then holds, for ever: so keep the group.
+    # The end. The last that refers to the group would wait for gloo's threads, which may wait for
+    # Python's lock, which it then holds, for ever: so keep the group.
     main.group = dist.group.WORLD
     dist.barrier()  # if rank 0 could not save the last step, no rank ends well
     dist.destroy_process_group()
@@ -391,16 +397,14 @@ def load_data(args, tokenizer):
 
     # Else `datasets`, which sees that mp.spawn runs this file as __mp_main__, makes the rows again.
     tokenize_and_pack.__module__ = "__main__"
+    dill.settings["recurse"] = True  # --num-proc: send this function, not the whole file
     texts = load_documents(args.dataset_name, args.dataset_subset).select_columns("text")
-    rows = texts.map(tokenize_and_pack, with_indices=True, batched=True, remove_columns="text")
-    rows = rows.with_format("torch")
+    how = {"with_indices": True, "batched": True, "num_proc": args.num_proc}
+    rows = texts.map(tokenize_and_pack, remove_columns="text", **how).with_format("torch")
     # Held out: the last 1 %, but not so many that evaluating them takes minutes.
     num_train = len(rows) - max(args.global_batch_size, min(len(rows) // 100, 128))
     if num_train < args.global_batch_size:
-        sys.exit(
-            f"error: --dataset-name {args.dataset_name}: {len(rows)} rows of {seq_length} tokens "
-            f"are too few for two global batches of {args.global_batch_size}"
-        )
+        sys.exit(f"error: -d {args.dataset_name}: {len(rows)} rows, less than two global batches")
     some_rows = rows[:: max(1, len(rows) // 100)]["input_ids"].numpy()
     data_id = f"{len(rows)} rows {hashlib.sha256(some_rows.tobytes()).hexdigest()[:12]}"
     return rows.select(range(num_train)), rows.select(range(num_train, len(rows))), data_id
@@ -445,7 +449,7 @@ def endless_batches(data, args, samples_seen):
     while True:
         epoch, position = divmod(samples_seen, epoch_samples)
         sampler.set_epoch(epoch)  # else each epoch has the order of the first
-        indices = list(sampler)  # every world_size-th of the permutation, from rank on
+        indices = list(sampler)  # of the permutation, the share of this rank
         # Starting in the middle of an epoch is a slice, however far the run has come.
         yield from DataLoader(
             data,
@@ -515,8 +519,9 @@ def parse_args():
     add("--pretrained", action="store_true", help="start from the weights of --model-name")
     add("-d", "--dataset-name", help="on the hub, or files (.jsonl, .parquet, text); None: Python")
     add("--dataset-subset", help="configuration of a data set on the hub")
-    add("-b", "--batch-size", type=int, default=8, help="sequences per process and micro-step")
-    add("--global-batch-size", type=int, help="per optimizer step; None: --batch-size x processes")
+    add("--num-proc", type=int, help="processes that make the rows; None: this one")
+    add("-b", "--batch-size", type=int, default=8, help="micro-batch: sequences at once")
+    add("--global-batch-size", type=int, help="per optimizer step; None: those of one micro-step")
     add("-s", "--seq-length", type=int, help="tokens; None: the model's, at most 1024")
     add("--lr", type=float, default=1e-3, help="peak of the learning rate")
     add("--warmup-steps", type=int, default=50, help="steps up to the peak")
@@ -525,6 +530,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout")
     add("--log-freq", type=int, default=10, help="steps from one line of numbers to the next")
     add("--ckpt-freq", type=int, default=100, help="steps from one evaluation and save to the next")
+    add("--keep-every", type=int, help="keep each Nth checkpoint, as checkpoint-STEP.pt; None: no")
     add("--save-dir", type=Path, default=outputs, help="folder that holds the runs' folders")
     add("--dtype", choices=["fp32", "bf16"], help="of autocast; None: bf16 on GPUs that have it")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())

@@ -6,27 +6,29 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from lab.hosts import Hosts, finish, wait_for, why_not
+from lab.ranks import Ranks, once_at_work, train_sharded
 from lab.stages import (
     FOLDERS,
     ROOT,
     SHARDED,
     STEPS,
+    apply,
     be_python,
+    blocks_of,
     environment,
-    forkserver,
     metrics,
     same_weights,
     train,
     weights,
     worst_difference,
 )
+from lab.stages import run as python
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import (
@@ -41,51 +43,11 @@ STAGE_03 = ROOT / FOLDERS["03"] / "train_llm.py"
 MOMENTS = ["exp_avg", "exp_avg_sq"]  # of the gradients, in AdamW
 
 
-class Ranks:
-    """The ranks of one run, with what torchrun would tell them, forked as stages.fork does it:
-    importing the libraries in each of them would take most of the time."""
-
-    def __init__(self, folder, processes, *flags, script=SHARDED, start=be_python):
-        self.outputs = [folder / f"rank{rank}-{time.time_ns()}" for rank in range(processes)]
-        self.processes = []
-        with socket.create_server(("localhost", 0)) as free:
-            meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
-        for rank, path in enumerate(self.outputs):
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-            words = [str(script), *map(str, flags)]
-            about = words, environment(**meet, **numbers), [path, path]
-            self.processes.append(forkserver.Process(target=start, args=about))
-            self.processes[-1].start()
-
-    def end(self, timeout=240):
-        """Wait for the ranks; return their exit statuses and what rank 0 has printed."""
-        until = time.monotonic() + timeout
-        try:
-            for process in self.processes:
-                process.join(max(0, until - time.monotonic()))
-            return [p.exitcode for p in self.processes], self.outputs[0].read_text()
-        finally:
-            for process in self.processes:
-                process.kill()
-
-
-def train_sharded(folder, processes, *flags):
-    """Run it to its end; return what rank 0 has printed."""
-    codes, output = Ranks(folder, processes, *flags).end()
-    assert codes == [0] * processes, output
-    return output
-
-
-def once_at_work(run_dir, more_steps=1):
-    """Wait until the run has logged some steps more than now."""
-    path = run_dir / "metrics.jsonl"
-    before = len(metrics(run_dir)) if path.exists() else 0
-    wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= before + more_steps)
-
-
-@pytest.mark.parametrize("processes, batch", [(1, 4), (2, 4), (2, 2), (4, 1)])
-def test_same_loss_curve(flags, alone, tmp_path, processes, batch):
-    output = train_sharded(tmp_path, processes, *flags, *STEPS, "-b", batch, "-e", "run")
+@pytest.mark.parametrize(
+    "processes, batch, more", [(1, 4, []), (2, 4, []), (2, 2, []), (4, 1, ["--recompute"])]
+)
+def test_same_loss_curve(flags, alone, tmp_path, processes, batch, more):
+    output = train_sharded(tmp_path, processes, *flags, *STEPS, "-b", batch, "-e", "run", *more)
     difference = worst_difference(metrics(alone), metrics(tmp_path / "run"))
     print(f"{processes} x batch size {batch}: largest difference {difference:.1e}")
     assert difference < 1e-4
@@ -184,7 +146,7 @@ def resident(what):
 
 def weighing(words, env, outputs):
     """Be a rank that writes down its peak until it has its part of the model (or, to go on, of the
-    checkpoint), what it holds after a step, and its peak since the step before."""
+    checkpoint), what it holds after a step, its peak since the step before, and that of the end."""
     found = {}
 
     def weigh_start(module, args):
@@ -195,13 +157,10 @@ def weighing(words, env, outputs):
         parameters = optimizer.param_groups[0]["params"]
         moments = [optimizer.state[p][name] for p in parameters for name in MOMENTS]
         gradients = [parameter.grad for parameter in parameters]
-        held = {
-            "parameters": bytes_of(parameters),
-            "gradients": bytes_of(gradients),
-            "moments": bytes_of(moments),
-            "peak": resident("VmHWM"),
-        }
-        outputs[0].with_suffix(".json").write_text(json.dumps(held | found))
+        found["parameters"] = bytes_of(parameters)
+        found["gradients"] = bytes_of(gradients)
+        found["moments"] = bytes_of(moments)
+        found["peak"] = resident("VmHWM")
 
     # Give memory back to the system once it is free, so that what a peak counts is in use.
     ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
@@ -210,7 +169,11 @@ def weighing(words, env, outputs):
     register_module_forward_pre_hook(weigh_start)
     register_optimizer_step_post_hook(weigh)
     GenerationMixin.generate = lambda self, start, **_: start  # a sample takes longer than the rest
-    be_python(words, env, outputs)
+    try:
+        be_python(words, env, outputs)
+    finally:
+        found["end"] = resident("VmHWM")  # of the last save
+        outputs[0].with_suffix(".json").write_text(json.dumps(found))
 
 
 def weighed(script, processes, flags, folder):
@@ -228,41 +191,117 @@ def test_a_rank_holds_its_part_of_parameters_gradients_and_moments(flags, tmp_pa
     assert whole["moments"] == 2 * whole["parameters"] == 2 * whole["gradients"] > 0
     for processes in (2, 4):
         for held in weighed(SHARDED, processes, flags, tmp_path):
-            parts = [held[kind] * processes / whole[kind] for kind in list(whole)[:3]]
+            kinds = ("parameters", "gradients", "moments")
+            parts = [held[kind] * processes / whole[kind] for kind in kinds]
             print(f"1/{processes} times {parts}")
             assert all(abs(part - 1) < 0.1 for part in parts)
 
 
-@pytest.mark.slow
-def test_only_rank_0_ever_has_the_whole_model(flags, few_texts, tmp_path):
-    """Neither to start nor to go on, where the checkpoint is mapped and not read."""
-    ByT5Tokenizer().save_pretrained(tmp_path / "59M")
+@pytest.fixture(scope="module")
+def large(few_texts, tmp_path_factory):
+    """A model of 59.4 million parameters, and few texts: flags of a run."""
+    folder = tmp_path_factory.mktemp("59M")
+    ByT5Tokenizer().save_pretrained(folder)
     sizes = {"n_layer": 12, "n_head": 10, "n_embd": 640, "n_positions": 128}
-    GPT2Config(**sizes, vocab_size=384, eos_token_id=1).save_pretrained(tmp_path / "59M")
-    flags = [*flags, "-m", tmp_path / "59M", "-d", few_texts, "-e", "run"]
-    for kind, steps in {"VmHWM": 2, "RssAnon": 3}.items():
-        ranks = weighed(SHARDED, 2, [*flags, "--max-steps", steps], tmp_path)
-        models = [rank[kind] / (59.4e6 * 4) for rank in ranks]
-        print(f"{kind} before step {steps}: {models} models in fp32")
-        # To start, half of the model, and a block. To go on, half of its two moments as well.
-        assert models[1] < (0.85 if kind == "VmHWM" else 1.8)
+    GPT2Config(**sizes, vocab_size=384, eos_token_id=1).save_pretrained(folder)
+    return ["-m", folder, "-d", few_texts, "-s", 64]
+
+
+def fits():
+    """Return the function of sharding.md that says what a model takes."""
+    page = (ROOT / FOLDERS["03"] / "sharding.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(def fits.*?)\n\n\n", page, re.DOTALL)[1], names)
+    return names["fits"]
 
 
 @pytest.mark.slow
-def test_peak_memory_of_a_model_of_59_million_parameters(flags, few_texts, tmp_path):
-    ByT5Tokenizer().save_pretrained(tmp_path / "59M")
-    sizes = {"n_layer": 12, "n_head": 10, "n_embd": 640, "n_positions": 128}
-    GPT2Config(**sizes, vocab_size=384, eos_token_id=1).save_pretrained(tmp_path / "59M")
-    flags, peaks = [*flags, "-m", tmp_path / "59M", "-d", few_texts], {}
-    for processes in (1, 2, 4):
-        for script in (STAGE_03, SHARDED):
-            held = weighed(script, processes, flags, tmp_path)
-            peaks[script, processes] = max(rank["peak"] for rank in held) / 2**20
-            state = sum(held[0][kind] for kind in list(held[0])[:3]) / 2**20
-            peak = peaks[script, processes]
-            print(f"{script.name} on {processes}: holds {state:.1f} MiB, peak {peak:.0f} MiB")
-    assert peaks[SHARDED, 4] < peaks[SHARDED, 2] < peaks[STAGE_03, 2]
-    assert peaks[SHARDED, 4] < 0.6 * peaks[STAGE_03, 4]
+def test_what_fits_is_what_processes_take(flags, large, tmp_path):
+    """The formula of sharding.md, less autocast's copies in bf16, which a CPU in fp32 has not."""
+    billions, block = 59.4e6 / 1e9, 59.4e6 / 12 / 1e9
+    flags = [*flags, *large, "-e", "run"]
+    for processes in (2, 4):
+        gpu, start, save = fits()(billions, processes)
+        state = gpu - 2 * billions
+        for kind, steps in {"start": 2, "go on": 3}.items():  # from this run's first checkpoint
+            ranks = weighed(SHARDED, processes, [*flags, "--max-steps", steps], tmp_path)
+            gb = [{name: value / 1e9 for name, value in rank.items()} for rank in ranks]
+            print(f"{processes} ranks, {kind}: {json.dumps(gb)}")
+            held = [rank["parameters"] + rank["gradients"] + rank["moments"] for rank in gb]
+            assert held == pytest.approx([state] * processes, rel=0.02)
+            for rank, found in enumerate(gb):
+                # To start, the whole on rank 0 only. To go on, the moments are mapped, not read.
+                parts = 4 * billions / processes
+                first = start if rank == 0 else parts + 4 * block
+                assert kind == "go on" or found["VmHWM"] < first + parts + 8 * block + 0.05
+                assert kind == "start" or found["RssAnon"] < 3 * parts + first + 0.05
+                # Beyond that: 0.35 GB of Python and its libraries, a block or two, activations.
+                assert 0 < found["peak"] - state < 0.35 + 16 * block + 0.25
+        # To save, a whole checkpoint on rank 0, beside its parts.
+        assert gb[0]["end"] == pytest.approx(0.35 + save + 3 * parts, rel=0.25)
+        (tmp_path / "run").rename(tmp_path / f"run-{processes}")
+    whole = weighed(STAGE_03, 4, flags[:-2], tmp_path)[0]["peak"] / 1e9
+    print(f"DDP on 4: peak {whole:.3f} GB")
+    assert gb[0]["peak"] < 0.6 * whole
+
+
+@pytest.mark.slow
+def test_saving_in_parts_as_the_exercise_does_it(flags, alone, tmp_path):
+    """Killed while the parts are being written, moved from 2 ranks to 4, and then to stage 01."""
+    page = "03-multi-node/sharding.md"
+    (solution,) = [diff for diff in blocks_of(page, "diff") if "async_save" in diff]
+    (convert,) = [program for program in blocks_of(page, "python") if "dcp_to_torch" in program]
+    script = tmp_path / "parts.py"
+    script.write_text(apply(solution, SHARDED.read_text()))
+    flags += [*STEPS, "--ckpt-freq", 4, "-e", "run"]
+    run_dir = tmp_path / "run"
+    run = Ranks(tmp_path, 2, *flags, "-b", 4, script=script)
+    wait_for(lambda: (run_dir / "parts-8").exists())
+    run.processes[1].kill()
+    assert all(run.end(60)[0])
+    pointer = torch.load(run_dir / "pointer.pt")
+    assert pointer["step"] == 4 and (run_dir / "parts-4" / ".metadata").exists()
+
+    run = Ranks(tmp_path, 4, *flags, "-b", 2, script=script)
+    once_at_work(run_dir, more_steps=5)
+    os.kill(run.processes[3].pid, signal.SIGUSR1)
+    codes, output = run.end()
+    assert codes == [0] * 4 and "step 4 of 16" in output, output
+    stopped = torch.load(run_dir / "pointer.pt")["step"]
+    assert 8 < stopped < 16
+    assert [path.name for path in run_dir.glob("parts-*")] == [f"parts-{stopped}"]
+
+    (tmp_path / "convert.py").write_text(convert)
+    python(["convert.py", run_dir], 60, environment(), tmp_path)
+    went_on = train("01", *flags, "-b", 8)
+    assert f"step {stopped} of 16" in went_on.stderr
+    assert worst_difference(metrics(alone), metrics(run_dir)) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_groups_of_a_mesh_know_the_timeout(tmp_path):
+    """As sharding.md makes the mesh of hybrid sharding: a group of it does not wait for minutes."""
+    programs = blocks_of("03-multi-node/sharding.md", "python")
+    (mesh,) = [program for program in programs if "init_device_mesh" in program]
+    mesh = mesh[: mesh.index("fully_shard")].replace('int(os.environ["LOCAL_WORLD_SIZE"])', "1")
+    (tmp_path / "mesh.py").write_text(f"""
+import sys, time, torch, torch.distributed as dist
+from datetime import timedelta
+timeout, on_gpu, device = timedelta(seconds=3), False, torch.device("cpu")
+dist.init_process_group("gloo", timeout=timeout)
+world_size = dist.get_world_size()
+{mesh}
+if dist.get_rank() == 0:
+    began = time.monotonic()
+    try:
+        dist.all_reduce(torch.zeros(1), group=mesh.get_group("replicate"))
+    except RuntimeError:
+        print("waited", time.monotonic() - began, flush=True)
+time.sleep(0 if dist.get_rank() == 0 else 6)
+""")
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "mesh.py"]
+    printed = python(words, 60, environment(), tmp_path).stdout
+    assert 2 < float(re.search(r"waited (\S+)", printed)[1]) < 5
 
 
 def without_blocks(words, env, outputs):
@@ -293,9 +332,20 @@ def test_another_model_s_checkpoint_is_refused_in_one_line(flags, dropout_model,
     assert output.splitlines()[-1].startswith("error: --model-name was ")
 
 
+def counting(words, env, outputs):
+    """Be a rank that writes down how many graphs have been compiled."""
+    be_python(words, env, outputs)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    outputs[0].with_suffix(".graphs").write_text(str(graphs))
+
+
 @pytest.mark.slow
-def test_compiled_blocks_keep_to_the_curve(flags, alone, tmp_path):
-    train_sharded(tmp_path, 2, *flags, *STEPS, "-b", 4, "-e", "run", "--compile")
+def test_compiled_and_recomputed_blocks_keep_to_the_curve(flags, alone, tmp_path):
+    flags += [*STEPS, "-b", 4, "-e", "run", "--compile", "--recompute"]
+    run = Ranks(tmp_path, 2, *flags, start=counting)
+    codes, output = run.end()
+    assert codes == [0, 0], output
+    assert all(int(path.with_suffix(".graphs").read_text()) > 0 for path in run.outputs)
     assert worst_difference(metrics(alone), metrics(tmp_path / "run")) < 1e-4
 
 

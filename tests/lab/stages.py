@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"01": "01-single-gpu", "02": "02-multi-gpu", "03": "03-multi-node"}
 FOLDERS |= {"04": "04-manual-spawn"}
 SHARDED = ROOT / FOLDERS["03"] / "train_llm_sharded.py"
+TWO_D = ROOT / FOLDERS["03"] / "train_llm_2d.py"
 SCRIPTS = {stage: ROOT / folder / "train_llm.py" for stage, folder in FOLDERS.items()}
 SCRIPTS |= {"sharded": SHARDED}
 
@@ -84,13 +85,13 @@ def run(words, timeout, env, cwd=None, fails=False, forked=True):
 READ_LATE = (
     "WANDB_",
     "RECORD",
+    "EACH",
     "ALONE",
     "DIE",
     "PYTHONPATH",
     "ONEDNN_",
     "PRETEND_",
     "WAITS",
-    "PEAK",
 )
 LIBRARIES = ["torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "datasets", "wandb"]
 LIBRARIES += ["transformers.models.llama.modeling_llama"]
