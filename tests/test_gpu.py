@@ -19,13 +19,14 @@ import time
 import pytest
 import torch
 from lab.hosts import descendants, wait_for
-from lab.material import make_model
+from lab.material import make_llama, make_model
 from lab.pretended import PRETENDED, forked_with_gpus, pretended, waits_of, why_not
 from lab.stages import (
     FOLDERS,
     ROOT,
     SCRIPTS,
     STEPS,
+    TWO_D,
     command,
     environment,
     metrics,
@@ -90,6 +91,18 @@ def test_float32_gives_the_curve_of_the_cpu(stage, flags, alone, tmp_path):
     assert_no_wait_in_the_loop(log, SCRIPTS[stage])
 
 
+@TWO
+def test_layers_that_gpus_share_give_the_same_losses(flags, tmp_path):
+    flags = [*flags, "-m", make_llama(tmp_path / "llama"), *STEPS, *EXACT]
+    start("01", *flags, "-e", "alone")
+    log = tmp_path / "waits"
+    start("sharded", *flags, "-e", "run", script=TWO_D, env={"WAITS": log})
+    difference = worst_difference(metrics(tmp_path / "alone"), metrics(tmp_path / "run"))
+    print(f"1 x 2: {difference:.1e}")
+    assert difference < (1e-3 if REAL else 1e-5)
+    assert_no_wait_in_the_loop(log, TWO_D)
+
+
 def assert_no_wait_in_the_loop(log, script):
     lines = script.read_text().splitlines()
     head = lines.index("    while step < total_steps:") + 1
@@ -102,7 +115,8 @@ def assert_no_wait_in_the_loop(log, script):
         assert places and (not in_loop or function == "_pre_forward"), (what, function, places)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+# Not 04 on pretended GPUs: it saves and loads what 03 does, and its new processes take minutes.
+@pytest.mark.parametrize("stage", [s for s in STAGES if REAL or "04" not in str(s)])
 def test_a_killed_run_goes_on_with_the_same_numbers(stage, flags, dropout_model, tmp_path):
     flags = [*flags, *STEPS, "--dtype", "bf16", "--no-compile", "-m", dropout_model]
     killed_and_resumed(stage, flags, tmp_path)
@@ -112,8 +126,6 @@ def test_a_killed_run_goes_on_with_the_same_numbers(stage, flags, dropout_model,
 
 
 def killed_and_resumed(stage, flags, folder, **options):
-    if stage == "04" and not REAL:
-        options["ranks"] = 1  # its processes are new ones, which takes them a while
     start(stage, *flags, "-e", "whole", **options)
     (folder / "notes").mkdir()
     dies = {"RECORD": folder / "notes", "DIE": 1, "ALONE": 1}
@@ -316,12 +328,13 @@ def test_how_fast_gpt_2_trains(tmp_path, corpus, record_property):
     for batch in (16, 8, 4, 2, 1) if REAL else (1,):  # the largest that fits
         words = [SCRIPTS["01"], *flags, *steps, "-b", batch, *([] if REAL else EXACT)]
         try:
-            run(words, 300, on_gpus(PEAK=tmp_path / "peak"), forked=not REAL)
+            run(words, 300, on_gpus(), forked=not REAL)
             break
         except AssertionError as error:
             if "out of memory" not in str(error):
                 raise
-    row = list(metrics(tmp_path / "run").values())[-1]
+    rows = list(metrics(tmp_path / "run").values())
+    row, memory = rows[-1], max(row["memory_gb"] for row in rows)
     wte, width, layers = config.vocab_size * config.n_embd, config.n_embd, config.n_layer
     operations = 6 * (wte + 12 * layers * width**2) + 12 * layers * width * config.n_positions
     rate = row["tokens_per_s"] * operations
@@ -332,8 +345,7 @@ def test_how_fast_gpt_2_trains(tmp_path, corpus, record_property):
     for card, peak in peaks.items():  # in bf16, without sparsity, of the SXM versions
         if card in name:
             said += f", {rate / peak:.0%} MFU"
-    if REAL:
-        said += f", at most {int((tmp_path / 'peak').read_text()) / 1e9:.1f} GB of memory"
+    said += f", at most {memory:.1f} GB of memory"
     print(said)
     record_property("gpu", said)
 

@@ -10,7 +10,6 @@ script, the innermost first, that led there; on real GPUs, too (where PRETEND_GP
 It rests on parts of torch that may change.
 """
 
-import atexit
 import contextlib
 import ctypes
 import functools
@@ -71,13 +70,8 @@ def waits(what):
 
 
 def watch():
-    """Note where the CPU waits for real GPUs, of which torch warns; in PEAK the memory taken."""
+    """Note where the CPU waits for real GPUs, of which torch warns."""
     import torch
-
-    if "PEAK" in os.environ:
-        path = Path(os.environ["PEAK"])
-        atexit.register(lambda: path.write_text(str(torch.cuda.max_memory_allocated())))
-        return
 
     def note(message, *where, **options):
         if "synchronizing CUDA operation" in str(message):
@@ -128,6 +122,10 @@ def install():
         def tolist(self):
             return self.cpu().tolist()
 
+        def resize_(self, *size):  # all_gather_object does, if the ranks' objects differ in length
+            torch.utils.swap_tensors(self, OnGpu(self._value.clone().resize_(*size)))
+            return self
+
         def __repr__(self, **options):
             return f"OnGpu({tuple(self.shape)}, {self.dtype})"
 
@@ -153,7 +151,9 @@ def install():
         mine = (None, state["device"], int(os.environ.get("LOCAL_RANK", "0")))
         if to_gpu and asked is not None and asked.index not in mine:
             raise RuntimeError(f"{asked} is another rank's: {caller()}")
-        on_cpu = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else dict(kwargs)
+        on_cpu = dict(kwargs)
+        if "device" in kwargs and (asked is None or asked.type != "meta"):
+            on_cpu["device"] = torch.device("cpu")
         if not gpu:
             on_cpu.pop("pin_memory", None)
 
@@ -255,6 +255,8 @@ def install():
     cuda.manual_seed_all = cuda.manual_seed = lambda seed: state["rng"].manual_seed(seed)
     cuda.get_rng_state = lambda device="cuda": state["rng"].get_state()
     cuda.set_rng_state = set_rng_state
+    cuda.max_memory_allocated = lambda device=None: 0  # nothing counts it
+    cuda.reset_peak_memory_stats = lambda device=None: None
     cuda.Stream = cuda.Event = Stream
     cuda.current_stream = cuda.default_stream = lambda device=None: Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
@@ -298,6 +300,7 @@ def install():
         dist.all_reduce(torch.zeros(1, device="cuda"))
 
     dist.init_process_group, dist.barrier = init_process_group, barrier
+    dist.ProcessGroupNCCL = types.SimpleNamespace(Options=dist.ProcessGroupGloo._Options)
     c10d.barrier, c10d._get_object_coll_device = barrier, lambda group=None: "cuda"
     dist.Logger.set_runtime_stats_and_log = lambda self: None  # wants CUDA's events
 
@@ -336,7 +339,7 @@ started = str(sys.orig_argv)
 launcher = any(name in started for name in ("torch.distributed.run", "_tracker", "compile_worker"))
 if COUNT and "pretended_gpu" not in sys.modules and ("forkserver" in started or not launcher):
     install()
-elif {"WAITS", "PEAK"} & os.environ.keys() and not COUNT and not launcher:
+elif "WAITS" in os.environ and not COUNT and not launcher:
     watch()
 if "RECORD" in os.environ:
     runpy.run_path(f"{Path(__file__).parents[2]}/checker/recorder/sitecustomize.py")
