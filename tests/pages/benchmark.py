@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,12 @@ from lab.stages import (
     weights,
     worst_difference,
 )
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
+from transformers import (
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+)
 
 RESULTS = ROOT / "tests" / "pages" / "results.json"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -362,39 +368,42 @@ def options(rounds):
     return ratios(in_slices(variants, rounds), "1 process", "tokens/s")
 
 
-def data(rounds):
-    """Tokenizing and packing, the size of the cache, and how fast the loader reads it."""
+def rows(rounds):
+    """Tokens per second that become rows of a BPE tokenizer's tokens, by --num-proc."""
     sys.path.insert(0, str(ROOT / FOLDERS["01"]))
     import train_llm
-    from torch.utils.data import DataLoader
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    sys.argv = ["train_llm.py"]
-    args = train_llm.parse_args()
-    args.global_batch_size = GLOBAL_BATCH
-    _, tokenizer = train_llm.load_model(args)
-    start = time.perf_counter()
-    rows, _, _ = train_llm.load_data(args, tokenizer)
-    seconds = time.perf_counter() - start
-    tokens = len(rows) * args.seq_length
-    cache = sum(os.path.getsize(file["filename"]) for file in rows.cache_files)
-    order = list(torch.utils.data.RandomSampler(rows))[:8000]
-    speeds = []
-    for _ in range(rounds):
-        loader = DataLoader(rows, GLOBAL_BATCH, sampler=order, generator=torch.Generator())
-        start = time.perf_counter()
-        for _ in loader:
-            pass
-        speeds.append(len(order) * args.seq_length / (time.perf_counter() - start))
-    used = statistics.median(in_slices({"stage 01": (("01",), {})}, 3)["stage 01"])
-    found = {
-        "tokenize and pack, tokens/s": tokens / seconds,
-        "cache, bytes/token": cache / tokens,
-        "loader, tokens/s": statistics.median(speeds),
-        "loader / training": statistics.median(speeds) / used,
-    }
-    for name, value in found.items():
-        print(f"{name:<30} {value:,.4g}")
-    return {"table": found}
+    texts = [text for text in train_llm.load_documents(None, None)["text"] if text]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=16384, special_tokens=["<end>"]))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+        tokenizer.save_pretrained(folder)
+        sizes = {"n_layer": 1, "n_head": 1, "n_embd": 2, "n_positions": 2048}
+        GPT2Config(**sizes, vocab_size=len(tokenizer)).save_pretrained(folder)
+        path = Path(folder, "texts.jsonl")
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts * 5))
+        print(f"{len(texts) * 5} documents, {path.stat().st_size / 1e6:.0f} MB")
+        lengths = iter(range(1024, 2048))
+
+        def prepare(length, *more):
+            """Return the seconds that a process takes, and the tokens in its rows."""
+            flags = ["-m", folder, "-d", path, "-s", length, "--prepare-only", *more]
+            start = time.perf_counter()
+            said = finished(command("01", *flags), real_environment(OMP_NUM_THREADS=CORES))
+            seconds = time.perf_counter() - start
+            return seconds, int(re.search(r"(\d+) rows", said)[1]) * length
+
+        def make(*more):
+            length = next(lengths)  # another one: new rows
+            cold, tokens = prepare(length, *more)
+            return tokens / (cold - prepare(length)[0])
+
+        variants = {f"--num-proc {n}": partial(make, "--num-proc", n) for n in range(1, CORES + 1)}
+        prepare(next(lengths))  # the texts are in the cache now
+        return ratios(in_turn({"one process": make} | variants, rounds), "one process", "tokens/s")
 
 
 def first_step(*flags, **env):
@@ -674,7 +683,19 @@ def spans(path):
     return [*found, {"name": "backward", **ends}]
 
 
-SECTIONS = [curves, ceiling, scaling, options, data, start, saving, memory, links, timeline, gpt2]
+SECTIONS = [
+    curves,
+    ceiling,
+    scaling,
+    options,
+    rows,
+    start,
+    saving,
+    memory,
+    links,
+    timeline,
+    gpt2,
+]
 ONCE = ["curves", "memory", "links", "timeline"]  # sections in which no round is needed
 ON_CPU = ["curves", "scaling", "options", "links", "timeline"]  # sections with more than one rank
 

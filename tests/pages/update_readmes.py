@@ -35,12 +35,15 @@ def flags(page):
 
 
 def diff(page):
-    """Return the diff from the stage before; in sharding.md, from the script of its own stage."""
+    """Return the diff from the stage before; in sharding.md, from the scripts of its own stage."""
     stages = sorted(ROOT.glob("*/train_llm.py"))
     new = page.parent / "train_llm.py"
     old = stages[stages.index(new) - 1]
+    sharded = page.parent / "train_llm_sharded.py"
     if page.name == "sharding.md":
-        old, new = new, page.parent / "train_llm_sharded.py"
+        old, new = new, sharded
+    if page.name == "two_dimensions.md":
+        old, new = sharded, page.parent / "train_llm_2d.py"
     texts = [path.read_text().splitlines() for path in (old, new)]
     names = [str(path.relative_to(ROOT)) for path in (old, new)]
     return "\n".join(["```diff", *difflib.unified_diff(*texts, *names, lineterm="", n=1), "```"])
@@ -142,6 +145,7 @@ PARTS = {"flags": flags, "diff": diff, "scaling": scaling, "links": links, "gpt2
 PARTS |= {
     "checkpoint": checkpoint,
     "ceiling": medians("ceiling", "one process", "tokens/s", "of the bare loop: median (spread)"),
+    "rows": medians("rows", "making rows", "tokens/s", "of one process: median (spread)"),
     "start": medians("start", "from the command to the first step", "seconds", "of a warm start"),
 }
 
