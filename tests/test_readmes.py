@@ -13,7 +13,10 @@ import pytest
 from lab.stages import (
     FOLDERS,
     ROOT,
+    SCRIPTS,
+    SHARDED,
     STEPS,
+    TWO_D,
     apply,
     blocks_of,
     environment,
@@ -137,26 +140,27 @@ def test_the_lines_that_matter_make_stage_02_of_stage_01(flags, alone, tmp_path)
 def test_answers_on_paper_are_what_their_program_prints(capsys):
     answers = 0
     for readme in READMES:
-        form = r"On paper.*?```python\n(.*?)```\n\n```text\n(.*?)```"
+        form = r"(?:On paper|In GB:).*?```python\n(.*?)```\n\n```text\n(.*?)```"
         for program, answer in re.findall(form, readme.read_text(), re.DOTALL):
             exec(program, {})
             assert capsys.readouterr().out == answer, readme
             answers += 1
-    assert answers == 4
+    assert answers == 6
 
 
 def test_the_table_of_lines_is_that_of_the_scripts():
-    before = None
-    for folder in FOLDERS.values():
-        script = ROOT / folder / "train_llm.py"
+    before, scripts = None, {folder: SCRIPTS[stage] for stage, folder in FOLDERS.items()}
+    scripts |= {"03, sharded": SHARDED, "03, in two dimensions": TWO_D}
+    for name, script in scripts.items():
         cells = f"| {len(script.read_text().splitlines())} |"
+        before = SCRIPTS["03"] if script == SHARDED else before
         if before:
             line = ["git", "diff", "--no-index", "--numstat", before, script]
             counts = subprocess.run(line, capture_output=True, text=True).stdout.split()
             cells += f" {counts[0]} + {counts[1]}"
         rows = (ROOT / "README.md").read_text().splitlines()
-        assert any(row.startswith(f"| [{folder}]") and cells in row for row in rows), (
-            f"{folder}: {cells}"
+        assert any(row.startswith(f"| [{name}]") and cells in row for row in rows), (
+            f"{name}: {cells}"
         )
         before = script
 
