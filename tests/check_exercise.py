@@ -24,7 +24,7 @@ import torch
 from checker import mistakes
 from checker.mistakes import END, GLOBAL_BATCH, MICRO_BATCH, RANKS, STOP
 from lab.hosts import Hosts, why_not
-from lab.material import make_llama, make_model, source_code
+from lab.material import make_model, make_of_kind, source_code
 from lab.stages import (
     FOLDERS,
     ROOT,
@@ -80,15 +80,15 @@ class Reference:
 
     def __init__(self, folder, stage="02", forked=False):
         self.forked = forked
-        model = make_model(folder / "model", dropout=0.0)
         data = folder / "corpus.jsonl"
         # So few that an epoch ends early; for sharded so many that the ranks have different numbers
         # of validation batches (9 rows).
         documents = 58 if stage == "sharded" else 4
         data.write_text("\n".join(json.dumps({"text": text}) for text in source_code(documents)))
-        self.flags = ["-m", model]
+        self.flags = ["-m", make_model(folder / "model", dropout=0.0)]
         if stage == "tp":
-            self.flags = ["-m", make_llama(folder / "llama"), "--pretrained"]
+            heads = {"num_key_value_heads": 2, "tie_word_embeddings": True}
+            self.flags = make_of_kind(folder / "llama", "llama", **heads)
         self.flags += ["-d", data, "--global-batch-size", GLOBAL_BATCH]
         self.flags += ["--max-steps", END, "--warmup-steps", 4, "--lr", 0.01]
         self.flags += ["--log-freq", 1, "--ckpt-freq", STOP]
@@ -256,7 +256,6 @@ class Check:
         """
         folder, forked = self.folder / name, self.right.forked and self.alike != "04"
         env = recorded(folder, QUIET=self.right.quiet, **env)
-        env |= {"EACH": "1"} if self.stage == "tp" else {}
         hosts = Hosts(folder, forked) if self.alike == "03" and not why_not() else None
         output = folder / "output.txt"
         if hosts:

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from datasets import Dataset
+from lab.hosts import Hosts
 from lab.hub_imitation import serve
 from lab.material import make_model, source_code
 from lab.stages import STEPS, environment, recorded, train
@@ -86,6 +87,15 @@ def alone(model, corpus, tmp_path_factory):
 def flags(model, corpus, tmp_path):
     """A run of seconds: 8 sequences of 64 tokens a step, in tmp_path."""
     return ["-m", model, "-d", corpus / "corpus.jsonl", "-b", 8, "--save-dir", tmp_path]
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Two hosts on this machine, on which torchrun starts without the time of the imports."""
+    hosts = Hosts(tmp_path, forked=True)
+    hosts("up")
+    yield hosts
+    hosts.down()
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ import pytest
 import torch
 from lab.hosts import (
     REFERENCE,
-    Hosts,
     assert_seen,
     descendants,
     finish,
     pid_of_rank,
     root_cause,
+    succeed,
     wait_for,
     why_not,
 )
@@ -49,14 +49,6 @@ TIMEOUT = 6  # what the runs that are hurt are given as --timeout
 
 
 @pytest.fixture
-def hosts(tmp_path):
-    hosts = Hosts(tmp_path, forked=True)
-    hosts("up")
-    yield hosts
-    hosts.down()
-
-
-@pytest.fixture
 def long(flags, dropout_model, tmp_path):
     """A run that only a failure ends, saved every few steps."""
     more = ["-m", dropout_model, "--max-steps", 100_000, "--log-freq", 5, "--ckpt-freq", 10]
@@ -73,12 +65,6 @@ def once(path, *runs):
     time.sleep(0.5)
     assert all(run.poll() is None for run in runs), [run.output.read_text() for run in runs]
     return time.monotonic()
-
-
-def succeed(*runs, **options):
-    outputs = finish(*runs, **options)
-    assert all(run.returncode == 0 for run in runs), outputs
-    return outputs
 
 
 def test_same_loss_curve_on_two_hosts(hosts, flags, alone, tmp_path):

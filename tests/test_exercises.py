@@ -9,7 +9,16 @@ import sys
 import pytest
 from check_exercise import ALL, Check, Reference, processes_of
 from lab.hosts import wait_for, why_not
-from lab.stages import FOLDERS, ROOT, SHARDED, apply, blocks_of, environment, run_forked
+from lab.stages import (
+    FOLDERS,
+    ROOT,
+    SHARDED,
+    apply,
+    blocks_of,
+    environment,
+    replaced,
+    run_forked,
+)
 
 REASON = why_not()
 two_hosts = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason=str(REASON))
@@ -31,12 +40,8 @@ def source_of(stage):
 
 def changed(stage, tmp_path, *changes):
     """Return a reader's script: the stage's own, with changes, each (old, new)."""
-    source = source_of(stage).read_text()
-    for old, new in changes:
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
     script = tmp_path / "my_train_llm.py"
-    script.write_text(source)
+    script.write_text(replaced(source_of(stage).read_text(), *changes))
     return script
 
 
@@ -314,13 +319,9 @@ def right_when_shared(tmp_path_factory):
 def my_tp(tmp_path, *changes):
     """Return stage 02 with the solution of two_dimensions.md, changed."""
     (solution,) = [diff for diff in blocks_of(PAGE_2D, "diff") if "@@ main: batches" in diff]
-    script = apply(solution, source_of("02").read_text())
-    for old, new in changes:
-        assert script.count(old) == 1, old
-        script = script.replace(old, new)
-    path = tmp_path / "my_tp.py"
-    path.write_text(script)
-    return path
+    script = tmp_path / "my_tp.py"
+    script.write_text(replaced(apply(solution, source_of("02").read_text()), *changes))
+    return script
 
 
 def test_tensor_parallelism_by_hand_holds(right_when_shared, tmp_path):
@@ -341,10 +342,7 @@ def solution_by_hand():
 
 def my_ddp(tmp_path, *changes):
     """Return stage 02 with the solution of its README, changed."""
-    solution = solution_by_hand()
-    for old, new in changes:
-        assert solution.count(old) == 1, old
-        solution = solution.replace(old, new)
+    solution = replaced(solution_by_hand(), *changes)
     return changed(
         "02",
         tmp_path,

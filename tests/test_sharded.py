@@ -1,6 +1,5 @@
 """What train_llm_sharded.py promises: stage 03's training, in 1/N of the memory on each rank."""
 
-import contextlib
 import ctypes
 import json
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab.hosts import Hosts, finish, wait_for, why_not
+from lab.hosts import succeed, wait_for, why_not
 from lab.ranks import Ranks, once_at_work, train_sharded
 from lab.stages import (
     FOLDERS,
@@ -218,7 +217,7 @@ def fits():
 @pytest.mark.slow
 def test_what_fits_is_what_processes_take(flags, large, tmp_path):
     """The formula of sharding.md, less autocast's copies in bf16, which a CPU in fp32 has not."""
-    billions, block = 59.4e6 / 1e9, 59.4e6 / 12 / 1e9
+    billions, peaks = 59.4e6 / 1e9, {}
     flags = [*flags, *large, "-e", "run"]
     for processes in (2, 4):
         gpu, start, save = fits()(billions, processes)
@@ -229,20 +228,23 @@ def test_what_fits_is_what_processes_take(flags, large, tmp_path):
             print(f"{processes} ranks, {kind}: {json.dumps(gb)}")
             held = [rank["parameters"] + rank["gradients"] + rank["moments"] for rank in gb]
             assert held == pytest.approx([state] * processes, rel=0.02)
+            parts, block = 4 * billions / processes, 4 * billions / 12
             for rank, found in enumerate(gb):
-                # To start, the whole on rank 0 only. To go on, the moments are mapped, not read.
-                parts = 4 * billions / processes
-                first = start if rank == 0 else parts + 4 * block
-                assert kind == "go on" or found["VmHWM"] < first + parts + 8 * block + 0.05
-                assert kind == "start" or found["RssAnon"] < 3 * parts + first + 0.05
-                # Beyond that: 0.35 GB of Python and its libraries, a block or two, activations.
-                assert 0 < found["peak"] - state < 0.35 + 16 * block + 0.25
+                # To start, the whole on rank 0 only, elsewhere its part and some blocks. To go on,
+                # its part of the weights and of two moments: the file is mapped, not read.
+                if kind == "start":
+                    assert found["VmHWM"] < (start if rank == 0 else parts) + 4 * block
+                else:
+                    assert found["RssAnon"] < 3 * parts + 0.05
+                # In a step, 0.35 GB of Python and its libraries, some blocks, activations.
+                assert 0 < found["peak"] - state < 0.35 + 4 * block + 0.25
+        peaks[processes] = max(found["peak"] for found in gb)
         # To save, a whole checkpoint on rank 0, beside its parts.
         assert gb[0]["end"] == pytest.approx(0.35 + save + 3 * parts, rel=0.25)
         (tmp_path / "run").rename(tmp_path / f"run-{processes}")
     whole = weighed(STAGE_03, 4, flags[:-2], tmp_path)[0]["peak"] / 1e9
     print(f"DDP on 4: peak {whole:.3f} GB")
-    assert gb[0]["peak"] < 0.6 * whole
+    assert peaks[4] < peaks[2] < whole and peaks[4] < 0.6 * whole
 
 
 @pytest.mark.slow
@@ -351,14 +353,9 @@ def test_compiled_and_recomputed_blocks_keep_to_the_curve(flags, alone, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()) and "CI" not in os.environ, reason=str(why_not()))
-def test_same_loss_curve_on_two_hosts(flags, alone, tmp_path):
-    hosts = Hosts(tmp_path)
-    with contextlib.ExitStack() as stack:
-        stack.callback(hosts.down)
-        hosts("up")
-        runs = hosts.both(*flags, *STEPS, "-b", 1, "-e", "run", processes=2, script=SHARDED)
-        outputs = finish(*runs)
-        assert [run.returncode for run in runs] == [0, 0], outputs
+def test_same_loss_curve_on_two_hosts(hosts, flags, alone, tmp_path):
+    flags += [*STEPS, "-b", 1, "-e", "run"]
+    succeed(*hosts.both(*flags, processes=2, script=SHARDED))
     difference = worst_difference(metrics(alone), metrics(tmp_path / "run"))
     print(f"2 hosts x 2: largest difference {difference:.1e}")
     assert difference < 1e-4

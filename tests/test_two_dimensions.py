@@ -1,13 +1,13 @@
 """What train_llm_2d.py promises: the training of all stages, with layers that ranks share."""
 
-import contextlib
 import hashlib
 import os
 import signal
 
 import pytest
 import torch
-from lab.hosts import Hosts, finish, why_not
+from lab.hosts import succeed, why_not
+from lab.material import make_of_kind
 from lab.ranks import Ranks, once_at_work, train_sharded
 from lab.stages import (
     SHARDED,
@@ -17,46 +17,16 @@ from lab.stages import (
     command,
     fork,
     metrics,
+    replaced,
     same_weights,
     train,
     weights,
     worst_difference,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    ByT5Tokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM
 
-SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": 384}
-SIZES |= {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 DROPOUT = {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
-
-
-def make(folder, kind="llama", **more):
-    """Write a small model of a kind, and return the flags of a run that starts from it."""
-    config = CONFIG_MAPPING[kind](**SIZES | more)
-    if getattr(config, "head_dim", None):
-        config.head_dim = 12
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms, too: they begin at 0 and at 1
-            parameter += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    if kind == "llama":
-        ByT5Tokenizer().save_pretrained(folder)
-    else:  # others want tokenizers of their own kinds, and take any with such a file
-        words = {bytes([i]).decode("latin1"): i for i in range(384 - 128)}
-        bytes_only = Tokenizer(BPE(words | {"<unk>": 256, "</s>": 257}, [], unk_token="<unk>"))
-        names = {"unk_token": "<unk>", "eos_token": "</s>"}
-        PreTrainedTokenizerFast(tokenizer_object=bytes_only, **names).save_pretrained(folder)
-    return ["-m", folder, "--pretrained"]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +35,9 @@ def kinds(tmp_path_factory):
     model with dropout of what all ranks compute."""
     folder = tmp_path_factory.mktemp("llamas")
     return {
-        "tied": make(folder / "tied", tie_word_embeddings=True),
-        "grouped": make(folder / "grouped", num_key_value_heads=2),
-        "dropout": make(folder / "dropout", "starcoder2", num_key_value_heads=2, **DROPOUT),
+        "tied": make_of_kind(folder / "tied", "llama", tie_word_embeddings=True),
+        "grouped": make_of_kind(folder / "grouped", "llama", num_key_value_heads=2),
+        "dropout": make_of_kind(folder / "dropout", "starcoder2", num_key_value_heads=2, **DROPOUT),
     }
 
 
@@ -119,7 +89,7 @@ def test_same_loss_curve(flags, kinds, curves, tmp_path, kind, processes, size, 
 @pytest.mark.slow
 def test_compile_is_left_out_where_gradients_would_be_wrong(flags, tmp_path):
     """Torch 2.13 compiles a split layer to one whose grad_norm is a tenth off, the loss right."""
-    qwen3 = make(tmp_path / "model", "qwen3", num_key_value_heads=2)
+    qwen3 = make_of_kind(tmp_path / "model", "qwen3", num_key_value_heads=2)
     flags += [*qwen3, *STEPS, "--max-steps", 4]
     train("01", *flags, "-b", 8, "-e", "alone")
     more = ["-b", 2, "-e", "run", "--compile", "--recompute"]
@@ -129,15 +99,9 @@ def test_compile_is_left_out_where_gradients_would_be_wrong(flags, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()) and "CI" not in os.environ, reason=str(why_not()))
-def test_same_loss_curve_on_two_hosts(flags, kinds, curves, tmp_path):
-    hosts = Hosts(tmp_path)
-    with contextlib.ExitStack() as stack:
-        stack.callback(hosts.down)
-        hosts("up")
-        flags += [*kinds["tied"], *STEPS, "-b", 2, "-e", "run"]
-        runs = hosts.both(*flags, processes=2, script=TWO_D)
-        outputs = finish(*runs)
-        assert [run.returncode for run in runs] == [0, 0], outputs
+def test_same_loss_curve_on_two_hosts(hosts, flags, kinds, curves, tmp_path):
+    flags += [*kinds["tied"], *STEPS, "-b", 2, "-e", "run"]
+    succeed(*hosts.both(*flags, processes=2, script=TWO_D))
     assert_same(curves("tied"), tmp_path / "run", "two hosts x 2")
 
 
@@ -208,7 +172,12 @@ OTHERS = ["qwen2", "qwen3", "mistral", "gemma2", "olmo2", "granite", "phi3", "sm
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_another_architecture_is_the_same_or_refused(flags, tmp_path, kind):
-    flags += [*make(tmp_path / "model", kind, num_key_value_heads=2), *STEPS, "--max-steps", 4]
+    flags += [
+        *make_of_kind(tmp_path / "model", kind, num_key_value_heads=2),
+        *STEPS,
+        "--max-steps",
+        4,
+    ]
     run = Ranks(tmp_path, 4, *flags, "-b", 2, "-e", "run", script=TWO_D)
     codes, output = run.end()
     print(output.splitlines()[-1][:200])
@@ -237,7 +206,14 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_shared_is_refused_in_one_line(flags, tmp_path, what):
     model, more, error = REFUSED[what]
-    run = Ranks(tmp_path, 4, *flags, *make(tmp_path / "model", **model), *more, script=TWO_D)
+    run = Ranks(
+        tmp_path,
+        4,
+        *flags,
+        *make_of_kind(tmp_path / "model", **{"kind": "llama"} | model),
+        *more,
+        script=TWO_D,
+    )
     codes, _ = run.end(60)
     assert codes == [1] * 4
     for path in run.outputs:
@@ -265,9 +241,7 @@ PLANTED = {
 @pytest.mark.parametrize("mistake", PLANTED)
 def test_a_planted_mistake_is_found(flags, kinds, curves, tmp_path, mistake):
     old, new, key = PLANTED[mistake]
-    text = TWO_D.read_text()
-    assert text.count(old) == 1, old
-    (tmp_path / "planted.py").write_text(text.replace(old, new))
+    (tmp_path / "planted.py").write_text(replaced(TWO_D.read_text(), (old, new)))
     flags += [*kinds["tied"], *STEPS, "-b", 2, "-e", "run"]
     train_sharded(tmp_path, 4, *flags, script=tmp_path / "planted.py")
     expected, found = curves("tied"), metrics(tmp_path / "run")
@@ -278,12 +252,8 @@ def test_a_planted_mistake_is_found(flags, kinds, curves, tmp_path, mistake):
 
 @pytest.mark.slow
 def test_a_seed_for_each_rank_is_found(flags, kinds, tmp_path):
-    text = TWO_D.read_text()
-    old = "torch.manual_seed(args.seed + group)  #"
-    assert text.count(old) == 1
-    (tmp_path / "planted.py").write_text(
-        text.replace(old, "torch.manual_seed(args.seed + rank)  #")
-    )
+    seeds = [f"torch.manual_seed(args.seed + {number})  #" for number in ("group", "rank")]
+    (tmp_path / "planted.py").write_text(replaced(TWO_D.read_text(), seeds))
     flags += [*kinds["dropout"], *STEPS, "-b", 2, "--max-steps", 4]
     run = Ranks(tmp_path, 4, *flags, script=tmp_path / "planted.py", start=hashing)
     codes, output = run.end()

@@ -168,10 +168,7 @@ def why_not_shared(curve, mine, notes, parameters):
         )
     # The optimizer has seen the gradients after clipping, by the norm that was logged; or each rank
     # has clipped by its own, and now has a norm of 1.
-    norm, own = (
-        first["grad_norm"],
-        "the norm is that of one rank's parts: add up the squares of all.",
-    )
+    own, norm = "the norm is that of one rank's parts: add up all squares.", first["grad_norm"]
     if norm > 1 and all(near(sum(each**2 for _, each in rank), 1) for rank in ranks):
         return own
     squares = [[(each * max(1, norm)) ** 2 for _, each in rank] for rank in ranks]

@@ -151,6 +151,13 @@ def finish(*runs, timeout=240):
     return [run.output.read_text() for run in runs]
 
 
+def succeed(*runs, **options):
+    """Wait as finish does; assert that all runs have ended well."""
+    outputs = finish(*runs, **options)
+    assert all(run.returncode == 0 for run in runs), outputs
+    return outputs
+
+
 def wait_for(condition, timeout=180, what="condition"):
     """Wait until condition() holds. what: a text for the failure, or a function that returns it."""
     end = time.monotonic() + timeout

@@ -4,7 +4,16 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, LlamaConfig, logging
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+    logging,
+)
 
 logging.disable_progress_bar()
 
@@ -39,19 +48,31 @@ def make_model(folder, dropout, width=48):
     return folder
 
 
-def make_llama(folder):
-    """Make one with grouped heads, tied embedding and head, and weights at which a first loss
-    depends on every layer: those that a model begins with are too small."""
-    tokenizer = ByT5Tokenizer()
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    words = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": 1}
-    config = LlamaConfig(**sizes, **words, tie_word_embeddings=True)
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": 384}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def make_of_kind(folder, kind, **more):
+    """Write a small model of an architecture, and return the flags of a run that starts from it.
+
+    At its weights a first loss depends on every layer, also on biases and norms: those that a model
+    begins with are too small, or 0, or 1.
+    """
+    config = CONFIG_MAPPING[kind](**SIZES | more)
+    if getattr(config, "head_dim", None):
+        config.head_dim = 12
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
-    return folder
+    if kind == "llama":
+        ByT5Tokenizer().save_pretrained(folder)
+    else:  # others want tokenizers of their own kinds, and take any with such a file
+        words = {bytes([i]).decode("latin1"): i for i in range(256)}
+        bytes_only = Tokenizer(BPE(words | {"<unk>": 256, "</s>": 257}, [], unk_token="<unk>"))
+        names = {"unk_token": "<unk>", "eos_token": "</s>"}
+        PreTrainedTokenizerFast(tokenizer_object=bytes_only, **names).save_pretrained(folder)
+    return ["-m", folder, "--pretrained"]

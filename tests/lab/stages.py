@@ -85,7 +85,6 @@ def run(words, timeout, env, cwd=None, fails=False, forked=True):
 READ_LATE = (
     "WANDB_",
     "RECORD",
-    "EACH",
     "ALONE",
     "DIE",
     "PYTHONPATH",
@@ -160,10 +159,18 @@ def apply(diff, script):
     """Return a script after the changes that a README shows, each under a line `@@ place`."""
     for part in re.split("^@@.*\n", diff, flags=re.MULTILINE)[1:]:
         lines = part.splitlines(keepends=True)
-        old, new = ("".join(x[1:] for x in lines if x[0] in " " + sign) for sign in "-+")
-        assert script.count(old) == 1, old
-        script = script.replace(old, new)
+        script = replaced(
+            script, ["".join(x[1:] for x in lines if x[0] in " " + sign) for sign in "-+"]
+        )
     return script
+
+
+def replaced(text, *changes):
+    """Return text with changes, each (old, new), of which old must stand there once."""
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
 
 
 def recorded(folder, **env):

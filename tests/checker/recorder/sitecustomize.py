@@ -55,8 +55,13 @@ def noted(owner, name, also=None):
     setattr(owner, name, wrapper)
 
 
+def here(tensor):
+    """Return what this rank has of a tensor, which may be a DTensor."""
+    return getattr(tensor, "_local_tensor", tensor).detach().cpu()
+
+
 def digest(tensors):
-    parts = [getattr(tensor, "_local_tensor", tensor).detach().cpu() for tensor in tensors]
+    parts = map(here, tensors)
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
 
 
@@ -149,9 +154,9 @@ def watch_closely():
             weights=digest(parameters),
             rng=[before, digest([torch.get_rng_state()])],
             parts=sum(isinstance(p, DTensor) for p in parameters),
-            each=[[digest([p]), p.grad.norm().item()] for p in parameters if p.grad is not None]
-            if "EACH" in os.environ
-            else None,
+            each=[
+                [digest([p]), here(p.grad).norm().item()] for p in parameters if p.grad is not None
+            ],
         )
 
     Dataset.map, torch.nn.utils.clip_grad_norm_ = noted_map, noted_clip
