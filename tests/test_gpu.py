@@ -49,7 +49,8 @@ STAGES = [pytest.param(s, marks=[] if s == "01" else TWO) for s in SCRIPTS]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def gpus():
+def gpus(alone):
+    """What is forked from here on has GPUs; so the run of the CPU must have been before."""
     if REAL:
         yield
     else:
