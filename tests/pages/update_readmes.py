@@ -1,6 +1,7 @@
 """Write the parts of the READMEs that come from the code: update_readmes.py [--check]
 
-A part stands between <!-- begin NAME --> and <!-- end NAME -->. --check writes nothing and exits
+A part stands between <!-- begin NAME --> and <!-- end NAME -->, or begins with NAME: ARGUMENT.
+--check writes nothing and exits
 with 1 if a part is stale.
 """
 
@@ -17,10 +18,22 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def flags(page):
-    """Return what --help prints about the flags, with the defaults of a reader's machine."""
-    script = (page.parent / "train_llm.py").read_text()
-    script = script.replace("Path(__file__).resolve().parents[1]", 'Path("..")')  # on any machine
+def scripts_of(page):
+    """Return a page's script, and the one it is told as a change of (None for stage 01)."""
+    stages = sorted(ROOT.glob("*/train_llm.py"))
+    sharded = ROOT / "03-multi-node" / "train_llm_sharded.py"
+    if page.name == "sharding.md":
+        return sharded, page.parent / "train_llm.py"
+    if page.name == "two_dimensions.md":
+        return page.parent / "train_llm_2d.py", sharded
+    at = stages.index(page.parent / "train_llm.py")
+    return stages[at], stages[at - 1] if at else None
+
+
+def help_of(script):
+    """Return what --help says of each flag, with the defaults of a reader's machine."""
+    source = script.read_text()
+    source = source.replace("Path(__file__).resolve().parents[1]", 'Path("..")')  # on any machine
     text = io.StringIO()
     with (
         mock.patch.dict(os.environ, COLUMNS="90"),
@@ -28,25 +41,38 @@ def flags(page):
         contextlib.redirect_stdout(text),
     ):
         try:  # here and not in a new process: the imports take long
-            exec(script, {"__name__": "__main__"})
+            exec(source, {"__name__": "__main__"})
         except SystemExit as end:
-            assert not end.code, f"{page.parent}: --help has failed"
-    return f"```text\n{text.getvalue().partition('options:')[2].strip(chr(10))}\n```"
+            assert not end.code, f"{script}: --help has failed"
+    listed = text.getvalue().partition("options:")[2].strip("\n")
+    return re.split(r"\n(?=  -)", listed)
 
 
-def diff(page):
-    """Return the diff from the stage before; in sharding.md, from the scripts of its own stage."""
-    stages = sorted(ROOT.glob("*/train_llm.py"))
-    new = page.parent / "train_llm.py"
-    old = stages[stages.index(new) - 1]
-    sharded = page.parent / "train_llm_sharded.py"
-    if page.name == "sharding.md":
-        old, new = new, sharded
-    if page.name == "two_dimensions.md":
-        old, new = sharded, page.parent / "train_llm_2d.py"
+def flags(page, _):
+    """Return what --help says of the flags that the stage before does not have."""
+    script, before = scripts_of(page)
+    known = help_of(before) if before else []
+    new = [flag for flag in help_of(script) if flag not in known]
+    return "\n".join(["```text", *new, "```"])
+
+
+def hunks(page, last):
+    """Return the hunks after those of the marker before, up to the first that contains `last`.
+
+    The hunks of a page, one after the other, are its whole diff.
+    """
+    new, old = scripts_of(page)
     texts = [path.read_text().splitlines() for path in (old, new)]
-    names = [str(path.relative_to(ROOT)) for path in (old, new)]
-    return "\n".join(["```diff", *difflib.unified_diff(*texts, *names, lineterm="", n=1), "```"])
+    _, _, *lines = difflib.unified_diff(*texts, lineterm="", n=1)
+    rest = re.split(r"\n(?=@@ )", "\n".join(lines))
+    for name in re.findall(r"<!-- begin hunks: (.*) -->", page.read_text()):
+        at = next((at for at, hunk in enumerate(rest) if name in hunk), None)
+        assert at is not None, f"{page}: no hunk that is left has {name!r} in it"
+        part, rest = rest[: at + 1], rest[at + 1 :]
+        if name == last:
+            shown = part
+    assert not rest, f"{page}: these hunks have no place: {rest}"
+    return "\n".join(["```diff", *shown, "```"])
 
 
 def measured(section):
@@ -74,7 +100,7 @@ def rows_of(found):
 def medians(section, *columns):
     """Return the function that makes a section's table of medians and ratios."""
 
-    def table(page):
+    def table(page, _):
         found, line = measured(section)
         head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         return "\n".join([*head, *rows_of(found), "", line])
@@ -82,7 +108,7 @@ def medians(section, *columns):
     return table
 
 
-def scaling(page):
+def scaling(page, _):
     found, line = measured("scaling")
     lines = ["| all cores | tokens/s | of stage 01: median (spread) |", "|---|---|---|"]
     for batch in ("global batch 8", "global batch 32"):
@@ -90,7 +116,7 @@ def scaling(page):
     return "\n".join([*lines, "", line])
 
 
-def links(page):
+def links(page, _):
     found, line = measured("links")
     lines = ["| link | global batch | seconds per step | expected | difference | speed |"]
     lines.append("|---|---|---|---|---|---|")
@@ -106,7 +132,7 @@ def links(page):
     return "\n".join([*lines, "", line])
 
 
-def gpt2(page):
+def gpt2(page, _):
     found, line = measured("gpt2")
     lines = ["| GPT-2, rows of 1024 tokens | tokens/s | of stage 01 | MFU |", "|---|---|---|---|"]
     for row, values in zip(rows_of(found), found["table"].values(), strict=True):
@@ -130,7 +156,7 @@ CHECKPOINT = {
 }
 
 
-def checkpoint(page):
+def checkpoint(page, _):
     found, line = measured("saving")
     lines = ["| in `checkpoint.pt` | size | without it |", "|---|---|---|"]
     for name, text in CHECKPOINT.items():
@@ -141,7 +167,7 @@ def checkpoint(page):
     return "\n".join([*lines, "", line])
 
 
-PARTS = {"flags": flags, "diff": diff, "scaling": scaling, "links": links, "gpt2": gpt2}
+PARTS = {"flags": flags, "hunks": hunks, "scaling": scaling, "links": links, "gpt2": gpt2}
 PARTS |= {
     "checkpoint": checkpoint,
     "ceiling": medians("ceiling", "one process", "tokens/s", "of the bare loop: median (spread)"),
@@ -156,9 +182,11 @@ def main():
         old = readme.read_text()
 
         def part(match, page=readme):
-            return f"{match[1]}\n{PARTS[match[2]](page)}\n{match[3]}"
+            begin, name, argument, end = match.groups()
+            return f"{begin}\n{PARTS[name](page, argument)}\n{end}"
 
-        new = re.sub(r"(<!-- begin (\w+) -->).*?(<!-- end \2 -->)", part, old, flags=re.DOTALL)
+        marked = r"(<!-- begin (\w+)(?:: ([^\n]*))? -->).*?(<!-- end \2 -->)"
+        new = re.sub(marked, part, old, flags=re.DOTALL)
         if new != old:
             stale.append(str(readme.relative_to(ROOT)))
             if "--check" not in sys.argv:
