@@ -1,8 +1,9 @@
-"""Check a stage that you have written yourself: python tests/check_exercise.py 02 my_train_llm.py
+"""Check a stage that you have written yourself: python tests/check_exercise.py 02 my_multi_gpu.py
 
 Runs it as its stage is run, with the flags of the stages and a small model, beside stage 01, whose
-losses and rows are the right ones. Says what holds, what does not, and the likely mistake. The
-exit status is 0 if all holds. Takes a minute on two idle cores, without GPU or network.
+losses and rows are the right ones. Says what holds, what does not, and the likely mistake. Of
+several scripts, one after the other, it ends with a table. The exit status is 0 if all holds.
+TIME, without GPU or network.
 
 02, 03, 04: the script is that stage. ddp: stage 02 with an averaging of your own instead of DDP.
 sharded: stage 03 with fully_shard. tp: stage 02 with layers that the ranks share, instead of DDP.
@@ -11,24 +12,25 @@ sharded: stage 03 with fully_shard. tp: stage 02 with layers that the ranks shar
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
 from checker import mistakes
-from checker.mistakes import END, GLOBAL_BATCH, MICRO_BATCH, RANKS, STOP
+from checker.mistakes import END, GLOBAL_BATCH, MICRO_BATCH, MORE_RANKS, RANKS, SEED, STOP, But
 from lab.hosts import Hosts, why_not
 from lab.material import make_model, make_of_kind, source_code
 from lab.stages import (
     FOLDERS,
     ROOT,
     command,
+    environment,
     fork,
     metrics,
     notes_of,
@@ -36,40 +38,75 @@ from lab.stages import (
     recorded,
     run_forked,
 )
+from transformers import AutoModelForCausalLM
 
 ALIKE = {"ddp": "02", "sharded": "03", "tp": "02"}  # whose command line and devices they have
-ALL = {"02": 15, "03": 15, "04": 15, "ddp": 16, "sharded": 15, "tp": 8}  # things that should hold
+ALL = {"02": 17, "03": 17, "04": 18, "ddp": 18, "sharded": 17, "tp": 8}  # things that should hold
 
 
 def main():
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **layout)
     parser.add_argument("stage", choices=list(ALL), help="what the script is meant to be")
-    parser.add_argument("script", type=Path, help="your script")
+    parser.add_argument("scripts", type=Path, nargs="+", metavar="script", help="yours")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, at the end")
     args = parser.parse_args()
-    if not args.script.is_file():
-        parser.error(f"{args.script}: no such file")
-    if ALIKE.get(args.stage, args.stage) == "03" and (reason := why_not()):
-        print(f"on one host only: {reason}")
+    say = Say(sys.stderr if args.json else sys.stdout)
+    for script in args.scripts:
+        if not script.is_file():
+            parser.error(f"{script}: no such file")
+    if ALIKE.get(args.stage, args.stage) in ("03", "04") and (reason := why_not()):
+        say(f"on one host only: {reason}")
+    checked = []
     with tempfile.TemporaryDirectory(prefix="check-") as folder:
         os.environ |= {"TEST_HOME": folder, "HF_HOME": f"{folder}/huggingface", "TMPDIR": folder}
-        tempfile.tempdir = folder  # also of what torch itself makes
+        os.environ |= environment()  # also of the process that the others are forked from
         say("  ...    stage 01, whose losses and rows are the right ones")
-        right = Reference(Path(folder), args.stage)
-        wrong = held = 0
-        for what, mistake in Check(args.stage, args.script, right, Path(folder)).all():
-            say(f"  WRONG  {what}\n         {mistake}" if mistake else f"  holds  {what}")
-            wrong, held = wrong + bool(mistake), held + (not mistake)
+        right = Reference(Path(folder), args.stage, forked=sys.platform == "linux")
+        for number, script in enumerate(args.scripts):
+            if len(args.scripts) > 1:
+                say(f"{script}")
+            place = Path(folder, f"script{number}")
+            place.mkdir()
+            checked.append(check(args.stage, script, right, place, say))
+            shutil.rmtree(place)
+    if args.json:
+        print(json.dumps(checked, indent=2))
+    elif len(checked) > 1:
+        width = max(len(one["script"]) for one in checked)
+        for one in checked:
+            first = next((part for part in one["parts"] if part["is"] == "WRONG"), None)
+            print(f"{one['script']:{width}}  {one['in short']}", end="")
+            print(f": {first['what']}" if first else "")
+    sys.exit(0 if all(one["all hold"] for one in checked) else 1)
+
+
+def check(stage, script, right, folder, say):
+    """Check one script, and say so. Return what was found, as --json prints it."""
+    parts = []
+    for what, mistake in Check(stage, script, right, folder, say).all():
+        kind = "WRONG" if mistake and not isinstance(mistake, But) else "holds"
+        more = f"\n         {'but ' if kind == 'holds' else ''}{mistake}" if mistake else ""
+        say(f"  {kind}  {what}{more}")
+        parts.append({"is": kind, "what": what, "why": mistake})
+    wrong = [part["what"] for part in parts if part["is"] == "WRONG"]
+    more = ALL[stage] - len(parts)
+    text = f"all {len(parts)} hold"
     if wrong:
-        more = ALL[args.stage] - wrong - held
         rest = f"; {more} more were not tried" if more > 0 else ""
-        print(f"{wrong} of {wrong + held} do not hold{rest}")
-    else:
-        print(f"all {held} hold")
-    sys.exit(1 if wrong else 0)
+        text = f"{len(wrong)} of {len(parts)} do not hold{rest}"
+        if wrong == [Check.OVERLAP]:
+            text = f"the first part holds, all {len(parts) - 1}; the second asks for overlap"
+    say(text)
+    return {"script": str(script), "all hold": not wrong, "in short": text, "parts": parts}
 
 
-say = partial(print, flush=True)
+class Say:
+    def __init__(self, file):
+        self.file = file
+
+    def __call__(self, text):
+        print(text, file=self.file, flush=True)
 
 
 class Reference:
@@ -87,52 +124,74 @@ class Reference:
         data.write_text("\n".join(json.dumps({"text": text}) for text in source_code(documents)))
         self.flags = ["-m", make_model(folder / "model", dropout=0.0)]
         if stage == "tp":
-            heads = {"num_key_value_heads": 2, "tie_word_embeddings": True}
-            self.flags = make_of_kind(folder / "llama", "llama", **heads)
-        self.flags += ["-d", data, "--global-batch-size", GLOBAL_BATCH]
+            more = {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
+            more["tie_word_embeddings"] = True
+            self.flags = make_of_kind(folder / "llama", "llama", **more)
+        self.flags += ["-d", data, "--seed", SEED]
         self.flags += ["--max-steps", END, "--warmup-steps", 4, "--lr", 0.01]
         self.flags += ["--log-freq", 1, "--ckpt-freq", STOP]
-        line = command("01", *self.flags, "-b", GLOBAL_BATCH, "-e", "reference")
-        line += ["--save-dir", str(folder)]
-        env, began = recorded(folder / "reference-notes", ALONE=1), time.monotonic()
-        if forked:
-            run_forked(line[1:], 180, env).check_returncode()
-        else:
-            subprocess.run(line, env=env, check=True, capture_output=True)
+        self.global_batch = ["--global-batch-size", GLOBAL_BATCH]
+        self.folder, began = folder, time.monotonic()
+        self.curve = self.train("reference")
         seconds = time.monotonic() - began
         # How long a run of two processes may take, and how long a rank may be silent before it
         # counts as hanging. Ample: the machine may be busier by then.
         self.limit, self.quiet = max(90, 12 * seconds), max(20, 2 * seconds)
-        self.curve = metrics(folder / "reference")
         self.checkpoint = folder / "reference" / "checkpoint.pt"
         self.rows = mistakes.rows_of(notes_of(folder / "reference-notes", 1))
         self.parameters = len(torch.load(self.checkpoint)["optimizer"]["state"])
 
+    def train(self, name, *flags):
+        """Run stage 01; return its metrics."""
+        line = command("01", *self.flags, "-b", GLOBAL_BATCH, *flags, "-e", name)
+        line += ["--save-dir", str(self.folder)]
+        env = recorded(self.folder / f"{name}-notes", ALONE=1)
+        if self.forked:
+            run_forked(line[1:], 180, env).check_returncode()
+        else:
+            subprocess.run(line, env=env, check=True, capture_output=True)
+        return metrics(self.folder / name)
+
+    def loss_with_biases_of_all(self):
+        """Return the first loss if each rank adds the biases of what ends in an all-reduce."""
+        shutil.copytree(self.folder / "llama", self.folder / "biases", dirs_exist_ok=True)
+        model = AutoModelForCausalLM.from_pretrained(self.folder / "llama")
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.bias", "down_proj.bias")):
+                parameter.data *= RANKS
+        model.save_pretrained(self.folder / "biases")
+        return self.train("with-biases", "-m", self.folder / "biases")[1]["loss"]
+
 
 class Check:
-    """The check of one script. folder: for all that its runs write."""
+    """The check of one script. folder: for all that its runs write. say: shows what it is at."""
 
-    def __init__(self, stage, script, right, folder):
+    OVERLAP = "the first all-reduce starts before backward() ends"
+
+    def __init__(self, stage, script, right, folder, say=print):
+        self.say = say
         self.stage, self.alike = stage, ALIKE.get(stage, stage)
         self.script, self.right, self.folder = script.resolve(), right, folder
         self.run_dir = folder / "outputs" / "run"
-        self.flags = [*right.flags, "-b", MICRO_BATCH, "-e", "run"]
-        self.flags += ["--save-dir", folder / "outputs"]
+        self.flags = [*right.flags, "-b", MICRO_BATCH, "--save-dir", folder / "outputs"]
+        self.hosts = None
 
     def all(self):
         """Yield (what should hold, what is wrong or None), up to the run in which one is wrong."""
         wrong = False
-        runs = (self.first_run, self.device, self.second_run)
+        runs = (self.first_run, self.device, self.second_run, self.more_ranks)
         for part in runs[:2] if self.stage == "tp" else runs:  # it does not go on
             for what, mistake in part():
-                wrong = wrong or mistake
+                wrong = wrong or (mistake and not isinstance(mistake, But))
                 yield what, mistake
             if wrong:
                 return
+        if self.stage == "ddp":  # last: the second part of its exercise
+            yield self.OVERLAP, mistakes.why_no_overlap(self.first)
 
     def first_run(self):
         """Two processes, of which rank 0 is killed at its first checkpoint."""
-        say(f"  ...    your script, until rank 0 is killed after step {STOP}")
+        self.say(f"  ...    your script, until rank 0 is killed after step {STOP}")
         code, output, left, notes, stacks = self.run("first", DIE=1)
         self.first, mine = notes, self.metrics()
         trains = f"it trains, with two processes, and logs {STOP} steps"
@@ -169,14 +228,13 @@ class Check:
             return
         if self.stage != "sharded":
             yield "weights and gradients are equal on all ranks", mistakes.why_not_equal(notes)
-        if self.stage == "ddp":
-            wrong = mistakes.why_no_overlap(notes)
-            yield "the first all-reduce starts before backward() ends", wrong
         wrong = mistakes.why_not_other_numbers(notes)
         yield "each rank draws random numbers of its own, for dropout", wrong
         path = self.run_dir / "checkpoint.pt"
         wrong = mistakes.why_not_interchangeable(path, self.right.checkpoint)
         yield "the checkpoint is one that stage 01 could load", wrong
+        yield "no two ranks share a wandb run", mistakes.why_not_a_run_each(notes)
+        shutil.copytree(self.run_dir, self.run_dir.with_name("more"))
 
     def shared_layers(self, mine, notes):
         """Yield what holds of tensor parallelism."""
@@ -184,8 +242,7 @@ class Check:
         yield "each rank reads the rows that stage 01 reads at each step", wrong
         if wrong:
             return
-        right = self.right.curve, mine[:STOP], notes, self.right.parameters
-        wrong = mistakes.why_not_shared(*right)
+        wrong = mistakes.why_not_shared(self.right, mine[:STOP], notes)
         yield "losses and norms are those of stage 01; what is whole is equal on all ranks", wrong
         if not wrong:
             wrong = mistakes.why_other_numbers(notes)
@@ -193,37 +250,35 @@ class Check:
 
     def device(self):
         """Yield whether each rank takes the GPU of its local rank; the GPUs are pretended."""
-        say("  ...    your script, up to where it takes a GPU (pretended)")
-        env, gpus = {"GPUS": 3 if self.alike == "03" else 2}, {}
-        if self.stage == "04":
-            gpus = dict(enumerate(self.run("gpus", **env)[3]))
+        self.say("  ...    your script, up to where it takes a GPU (pretended)")
+        folder = self.folder / "gpus"
+        env = {"GPUS": 3 if self.alike == "03" else 2}
+        line = [self.script, *self.flags, *self.right.global_batch]
+        if self.stage == "04":  # all of the second node: it does not look for the first one
+            line += ["--nnodes", 2, "--node-rank", 1, "--nproc-per-node", 2]
+            line += ["--master-addr", "192.0.2.1", "--master-port", 1]
         else:  # one process is enough: the second one, of the second node where there are nodes
             rank, size = (3, 4) if self.alike == "03" else (1, 2)
             env |= {"RANK": rank, "LOCAL_RANK": 1, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": 2}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "GROUP_RANK": rank // 2}
-            env, line = recorded(self.folder / "gpus", **env), [self.script, *self.flags]
+        env, line = self.recorded(folder, **env), list(map(str, line))
+        with suppress(subprocess.TimeoutExpired):  # it has taken none
             if self.right.forked:
-                run_forked(list(map(str, line)), self.right.limit, env)
+                run_forked(line, self.right.limit, env)
             else:
-                line = [sys.executable, *map(str, line)]
-                with suppress(subprocess.TimeoutExpired):  # it has taken none
-                    subprocess.run(line, env=env, capture_output=True, timeout=self.right.limit)
-            gpus = {1: notes_of(self.folder / "gpus", rank + 1)[rank]}
-        what = "each rank takes the GPU of its local rank"
-        for local_rank, notes in gpus.items():
-            taken = {note["gpu"] for note in notes if "gpu" in note}
-            if not taken:
-                yield what, "none: torch.cuda.set_device(local_rank) before init_process_group."
+                line = [sys.executable, *line]
+                subprocess.run(line, env=env, capture_output=True, timeout=self.right.limit)
+        ranks = {rank: notes for rank, notes in enumerate(notes_of(folder, 4)) if notes}
+        if self.stage == "04":
+            wrong = mistakes.why_not_numbered(ranks)
+            yield "the ranks of the second of two nodes are 2 and 3, of 4", wrong
+            if wrong:
                 return
-            if taken != {local_rank}:
-                places = f"local rank {local_rank} takes GPU {', '.join(map(str, sorted(taken)))}"
-                yield what, f"{places}: is it LOCAL_RANK, not the rank, nor rank % device_count?"
-                return
-        yield what, None
+        yield "each rank takes the GPU of its local rank", mistakes.why_not_its_gpu(ranks)
 
     def second_run(self):
         """The same again, which goes on from the checkpoint."""
-        say("  ...    your script again, from its checkpoint")
+        self.say("  ...    your script again, from its checkpoint")
         code, output, left, notes, stacks = self.run("second")
         mine = {row["step"]: row for row in self.metrics()}
         goes_on = f"it goes on from the checkpoint, to step {END}"
@@ -244,58 +299,100 @@ class Check:
         wrong = mistakes.why_not_its_own_numbers(self.first, notes)
         yield "after a resume each rank takes back its own random state", wrong
 
-    def metrics(self):
-        path = self.run_dir / "metrics.jsonl"
+    def more_ranks(self):
+        """Again from the checkpoint of step 8, with more ranks, and with the default of a flag."""
+        self.say(f"  ...    your script on {MORE_RANKS} ranks, from the checkpoint of {RANKS}")
+        code, output, _, notes, stacks = self.run("more", MORE_RANKS, [], "more")
+        mine = {row["step"]: row for row in self.metrics("more")}
+        said = None
+        if code != 0 or END not in mine:
+            said = mistakes.why_it_stopped(notes, stacks, self.script, output)
+        right = self.right.curve, self.right.rows
+        wrong = mistakes.why_not_with_more_ranks(code, *right, mine, notes, said)
+        yield f"it goes on with {MORE_RANKS} ranks", wrong
+
+    def metrics(self, name="run"):
+        path = self.run_dir.with_name(name) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def run(self, name, **env):
-        """Run the script on two processes, of stage 03 on two hosts.
+    def recorded(self, folder, **env):
+        env = {"WANDB_MODE": "offline"} | env  # which the recorder notes, and then disables
+        return recorded(folder, **env, **({"FORKED": 1} if self.right.forked else {}))
+
+    def run(self, name, ranks=RANKS, global_batch=None, experiment="run", **env):
+        """Run the script on two processes (or more), of stages 03 and 04 on two hosts.
 
         Return the exit status (None: it had to be ended), the output, the number of processes left
         behind, the ranks' notes, and if the run hangs, where each rank is.
         """
-        folder, forked = self.folder / name, self.right.forked and self.alike != "04"
-        env = recorded(folder, QUIET=self.right.quiet, **env)
-        hosts = Hosts(folder, forked) if self.alike == "03" and not why_not() else None
-        output = folder / "output.txt"
-        if hosts:
+        folder, flags = self.folder / name, [*self.flags, "-e", experiment]
+        flags += self.right.global_batch if global_batch is None else global_batch
+        env = self.recorded(folder, QUIET=self.right.quiet, **env)
+        try:
+            return self.watch(folder, self.start(folder, flags, ranks, env), ranks, experiment)
+        finally:  # also after Ctrl-C
+            end(folder)
+            if self.hosts:
+                self.hosts.down()
+                self.hosts = None
+
+    def start(self, folder, flags, ranks, env):
+        """Start a run; return its processes."""
+        if self.alike in ("03", "04") and not why_not():
+            self.hosts = hosts = Hosts(folder, self.right.forked)
             hosts("up")
-            started = hosts.both(*self.flags, script=self.script, **env)
-        else:
-            stages_own = str(ROOT / FOLDERS[self.alike] / "train_llm.py")
-            line = command(self.alike, *self.flags, processes=RANKS)
-            line[line.index(stages_own)] = str(self.script)
-            if forked:
-                started = [fork(line[1:], (output, output), env)]
-            else:
-                with open(output, "w") as file:
-                    options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-                    started = [subprocess.Popen(line, env=env, **options)]
-        end, stacks, log = time.monotonic() + self.right.limit, [], self.run_dir / "metrics.jsonl"
-        while None in [status(process) for process in started] and time.monotonic() < end:
+            if self.alike == "03":
+                return hosts.both(*flags, script=self.script, processes=ranks // 2, **env)
+            flags += ["--nnodes", 2, "--nproc-per-node", ranks // 2, "--master-addr", "node1"]
+            return [
+                hosts.python(f"node{n + 1}", self.script, *flags, "--node-rank", n, **env)
+                for n in range(2)
+            ]
+        stages_own = str(ROOT / FOLDERS[self.alike] / "train_llm.py")
+        line = command(self.alike, *flags, processes=ranks)
+        line[line.index(stages_own)] = str(self.script)
+        output = folder / "output.txt"
+        if self.right.forked:
+            return [fork(line[1:], (output, output), env)]
+        with open(output, "w") as file:
+            options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            return [subprocess.Popen(line, env=env, **options)]
+
+    def watch(self, folder, started, ranks, experiment):
+        """Wait for the end of a run, or until it hangs; return as `run` does."""
+        output, stacks = folder / "output.txt", []
+        end_time = time.monotonic() + self.right.limit
+        log = self.run_dir.with_name(experiment) / "metrics.jsonl"
+        while None in [status(process) for process in started] and time.monotonic() < end_time:
             time.sleep(0.05)
-            if log.exists() and log.read_bytes().count(b"\n") > RANKS * END:
+            if log.exists() and log.read_bytes().count(b"\n") > ranks * END:
                 break  # it trains on and on
-            paths = [folder / f"{rank}.stack" for rank in range(RANKS)]
+            paths = [folder / f"{rank}.stack" for rank in range(ranks)]
             found = [path.read_text() if path.exists() else "" for path in paths]
             if any(found) and not stacks:
-                end = time.monotonic() + 2  # for the others to say where they are
+                end_time = time.monotonic() + 2  # for the others to say where they are
             stacks = found if any(found) else []
-        codes = [status(process) for process in started]
-        time.sleep(0.5)
-        rest = left = processes_of(folder)
-        while rest:
-            for pid in rest:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
-            rest = processes_of(folder)
-        if hosts:
+        codes, soon = [status(process) for process in started], time.monotonic() + 0.5
+        while processes_of(folder) and time.monotonic() < soon:
+            time.sleep(0.05)
+        left = end(folder)
+        if self.hosts:
             output.write_text("".join(process.output.read_text() for process in started))
-            hosts.down()
         code = None if None in codes else max(map(abs, codes))
         text = output.read_text() if output.exists() else ""
-        return code, text, len(left), notes_of(folder, RANKS), stacks
+        return code, text, left, notes_of(folder, ranks), stacks
+
+
+def end(folder):
+    """End the processes that were told to note in folder; return how many there were."""
+    left = rest = processes_of(folder)
+    while rest:
+        for pid in rest:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+        rest = processes_of(folder)
+    return len(left)
 
 
 def status(process):
@@ -318,4 +415,8 @@ def processes_of(folder):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -1,13 +1,17 @@
 """The checker of the exercises accepts the stages, and catches and names each planted mistake."""
 
+import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
-from check_exercise import ALL, Check, Reference, processes_of
+from check_exercise import ALL, Check, Reference, check, processes_of
+from checker.mistakes import But
 from lab.hosts import wait_for, why_not
 from lab.stages import (
     FOLDERS,
@@ -16,6 +20,7 @@ from lab.stages import (
     apply,
     blocks_of,
     environment,
+    processes_with,
     replaced,
     run_forked,
 )
@@ -95,6 +100,23 @@ MISTAKES = {
     "an epoch's end not divided": (
         (": epoch_samples // world_size]", ": epoch_samples]"),
         "the second epoch begins too late",
+    ),
+    "an order of its own": (
+        ("DistributedSampler(data, seed=args.seed)", "DistributedSampler(data)"),
+        "they are shuffled by another seed: this run has --seed 1, and the sampler is told 0",
+    ),
+    "a seed for each rank": (
+        ("(data, seed=args.seed)", "(data, seed=args.seed + dist.get_rank())"),
+        "the ranks' rows overlap",
+    ),
+    "not shuffled": (("(data, seed=args.seed)", "(data, shuffle=False)"), "the order of the file"),
+    "contiguous blocks": (
+        ("(data, seed=args.seed)", "(data, 1, 0, seed=args.seed)"),
+        (
+            "list(sampler)  #",
+            "list(sampler)[dist.get_rank() * len(data) // 2 :][: len(data) // 2]#",
+        ),
+        "its share is a contiguous block",
     ),
     "data made by all ranks at once": (
         ("while rank > 0 and not", "while False and not"),
@@ -181,6 +203,11 @@ MISTAKES = {
         ('torch.device("cuda", rank)', 'torch.device("cuda", 0)'),
         "local rank 1 takes GPU 0",
     ),
+    "a GPU that is only named": (
+        ("torch.cuda.set_device(device)", "pass"),
+        ('("nccl", device)', '("nccl", None)'),
+        "torch.device only names one",
+    ),
     "only rank 0 restored": (
         (
             'if run_dir and (run_dir / "checkpoint.pt")',
@@ -206,6 +233,19 @@ MISTAKES = {
     "an epoch anew after a resume": (
         ("indices[position // world_size : epoch_samples", "indices[: epoch_samples"),
         "rows again that it has had",
+    ),
+    "a position not divided": (
+        ("indices[position // world_size :", "indices[position :"),
+        "it leaves out rows",
+    ),
+    "the random states of one rank": (
+        ("== (device.type, world_size)", "== (device.type, 1)"),
+        ('"rng_of": (device.type, world_size)', '"rng_of": (device.type, 1)'),
+        "rng_of must say how many there were",
+    ),
+    "a default that does not grow": (
+        ("args.global_batch_size or args.batch_size * world_size", "args.global_batch_size or 2"),
+        "does its default grow with the ranks?",
     ),
     "scheduler not restored": (
         ('scheduler.load_state_dict(checkpoint["scheduler"])', "0"),
@@ -235,12 +275,65 @@ def test_a_planted_mistake_is_named(right, tmp_path, mistake):
     assert not processes_of(tmp_path / "first") | processes_of(tmp_path / "second")
 
 
+REMARKS = {
+    "one wandb run for all": (
+        ('id=f"{args.experiment_name}-rank{rank}"', "id=args.experiment_name"),
+        "2 ranks write to one (run): the last one wins",
+    ),
+    "a barrier while the data is made": (
+        ('    while rank > 0 and not store.check(["data is ready"]):\n', "    if rank > 0:\n"),
+        ("        time.sleep(0.5)\n", "        dist.barrier()\n"),
+        ("    dist.barrier()  # now all", "    if rank == 0: dist.barrier()  # now all"),
+        "wait for them in a collective (barrier), which gives up after minutes",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remark", REMARKS)
+def test_what_holds_but_is_unwise_gets_a_remark(right, tmp_path, remark):
+    *changes, text = REMARKS[remark]
+    script = changed("02", tmp_path, *changes)
+    results = dict(Check("02", script, right, tmp_path).all())
+    (said,) = filter(None, results.values())
+    assert isinstance(said, But) and text in said and len(results) == ALL["02"]
+
+
 def test_a_device_by_the_rank_is_named(right, tmp_path):
     """In stage 03, where the local rank is not the rank."""
     new = 'torch.device("cuda", rank % torch.cuda.device_count())'
     script = changed("03", tmp_path, ('torch.device("cuda", local_rank)', new))
     ((what, wrong),) = Check("03", script, right, tmp_path).device()
     assert "local rank 1 takes GPU 0" in wrong and "rank % device_count" in wrong
+
+
+NUMBERS = "args.node_rank * args.nproc_per_node + local_rank"
+NODES = {
+    "a rank that counts the other way": (
+        (NUMBERS, "local_rank * args.nnodes + args.node_rank"),
+        "they are 1 and 3: rank = node rank x processes of a node + local rank",
+    ),
+    "the world of one node": (
+        ("world_size = args.nnodes * args.nproc_per_node", "world_size = args.nproc_per_node"),
+        (NUMBERS, "local_rank"),
+        "the world size is 2: number of nodes x processes of a node",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", NODES)
+def test_ranks_that_are_right_on_one_node_only_are_named(right, tmp_path, mistake):
+    *changes, message = NODES[mistake]
+    script = changed("04", tmp_path, *changes)
+    ((_, wrong),) = Check("04", script, right, tmp_path).device()
+    assert message in wrong
+
+
+@two_hosts
+@pytest.mark.slow
+def test_nodes_that_train_apart_are_named(right, tmp_path):
+    script = changed("04", tmp_path, *NODES["the world of one node"][:2])
+    assert "world_size is not 2" in one_mistake("04", script, right, tmp_path)
 
 
 def test_rows_that_spawned_processes_do_not_find_are_named(right, tmp_path):
@@ -289,7 +382,14 @@ MISTAKES_IN_TP = {
         "the ranks read different rows",
     ),
     "nothing on the way in": (("Enter.apply(output)", "output"), "in the backward pass"),
-    "nothing on the way out": (("Leave.apply(output)", "output"), "so the forward pass is"),
+    "nothing on the way out": (
+        ("Leave.apply(output - linear.bias)", "output - linear.bias"),
+        "so the forward pass is",
+    ),
+    "a bias of each rank": (
+        ("Leave.apply(output - linear.bias) + linear.bias", "Leave.apply(output)"),
+        "each rank adds it before the all-reduce",
+    ),
     "once too many": ((OUT, "    backward = Enter.backward\n"), "an all-reduce too many"),
     "the norm of one rank": (("    dist.all_reduce(squares)\n", ""), "that of one rank's parts"),
     "the norm of all": (
@@ -367,13 +467,17 @@ MISTAKES_BY_HAND = {
         ),
         "the first one begins after backward() has ended",
     ),
+    "weights never sent": (
+        ("dist.broadcast(tensor.detach(), src=0)", "pass"),
+        "each rank starts from weights of its own",
+    ),
     "the sum": (
         ("parameter.grad /= dist.get_world_size()", "pass"),
         "the gradients are 2 times what they should be",
     ),
     "not waited for": (("self.works.pop().wait()", "self.works.pop()"), "gradients"),
     "other weights at the start": (
-        ("dist.broadcast(tensor.detach(), src=0)", "tensor.data += dist.get_rank() * 1e-7"),
+        ("src=0)", "src=0)\n            tensor.data += dist.get_rank() * 1e-7"),
         "the weights at step 1 are not",
     ),
 }
@@ -382,7 +486,14 @@ MISTAKES_BY_HAND = {
 @pytest.mark.parametrize("mistake", some_slow(MISTAKES_BY_HAND, "the sum"))
 def test_a_mistake_in_ddp_by_hand_is_named(right, tmp_path, mistake):
     *changes, message = MISTAKES_BY_HAND[mistake]
-    assert message in one_mistake("ddp", my_ddp(tmp_path, *changes), right, tmp_path)
+    script = my_ddp(tmp_path, *changes)
+    if mistake == "after backward()":  # the first part of the exercise: all else is looked at
+        found = check("ddp", script, right, tmp_path, print)
+        assert [part["why"] for part in found["parts"][:-1]] == [None] * (ALL["ddp"] - 1), found
+        assert message in found["parts"][-1]["why"]
+        assert found["in short"] == "the first part holds, all 17; the second asks for overlap"
+    else:
+        assert message in one_mistake("ddp", script, right, tmp_path)
 
 
 TIED = """
@@ -446,13 +557,40 @@ def test_a_mistake_in_sharding_is_named(right_when_sharded, tmp_path, mistake):
     assert message in one_mistake("sharded", script, right_when_sharded, tmp_path)
 
 
-def test_a_script_that_does_not_start_is_shown_with_what_it_said(tmp_path):
-    script = tmp_path / "my_train_llm.py"
-    script.write_text("import torch\nraise ValueError('not ready yet')\n")
-    line = [sys.executable, ROOT / "tests" / "check_exercise.py", "02", script]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "ValueError: not ready yet" in done.stdout and "WRONG  it trains" in done.stdout
+def start_checker(*words, **env):
+    line = [sys.executable, ROOT / "tests" / "check_exercise.py", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, env=environment(**env), **pipes)
+
+
+def test_several_scripts_get_a_line_each_or_json(tmp_path):
+    """These do not start: they are shown with what they said."""
+    scripts = [tmp_path / "my_one.py", tmp_path / "my_other.py"]
+    for script in scripts:
+        script.write_text(f"import torch\nraise ValueError('{script.name}: not ready yet')\n")
+    both = [start_checker("02", *scripts), start_checker("02", *scripts, "--json")]
+    (said, _), (found, _) = (checker.communicate() for checker in both)
+    assert [checker.returncode for checker in both] == [1, 1]
+    assert "WRONG  it trains" in said and "ValueError: my_one.py: not ready yet" in said
+    lines = said.splitlines()[-2:]
+    for script, line, one in zip(scripts, lines, json.loads(found), strict=True):
+        first = "it trains, with two processes, and logs 8 steps"
+        text = "1 of 1 do not hold; 16 more were not tried"
+        assert " ".join(line.split()) == f"{script} {text}: {first}"
+        assert one["script"] == str(script) and one["in short"] == text and not one["all hold"]
+        assert [part["what"] for part in one["parts"]] == [first]
+        assert f"{script.name}: not ready yet" in one["parts"][0]["why"]
+
+
+def test_ctrl_c_ends_all_without_a_traceback(tmp_path):
+    checker = start_checker("02", source_of("02"), TMPDIR=tmp_path)
+    while "until rank 0 is killed" not in checker.stdout.readline():
+        pass
+    time.sleep(1)
+    checker.send_signal(signal.SIGINT)
+    _, said = checker.communicate(timeout=60)
+    assert (checker.returncode, said) == (130, "stopped\n")
+    assert not list(tmp_path.iterdir()) and not processes_with(f"TMPDIR={tmp_path}")
 
 
 @pytest.mark.slow

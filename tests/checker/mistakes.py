@@ -12,7 +12,8 @@ from lab.stages import rows_read
 MICRO_STEPS, MICRO_BATCH, GLOBAL_BATCH = 2, 2, 8
 EPOCH = 6  # steps
 STOP, END = 8, 16  # the first run dies at step 8, the second goes on
-RANKS = 2
+RANKS, MORE_RANKS = 2, 4
+SEED = 1  # not the default
 
 
 def why_it_stopped(notes, stacks, script, output):
@@ -74,6 +75,10 @@ def why_not_one_writes(notes, run_dir):
     return None
 
 
+class But(str):
+    """A remark on what holds."""
+
+
 def why_not_made_once(notes):
     """The rows of tokens: rank 0 makes them, the others find them in the cache."""
     maps = [[note for note in rank if "map" in note] for rank in notes]
@@ -86,6 +91,27 @@ def why_not_made_once(notes):
     begins = [note["map"][0] for rank in maps[1:] for note in rank]
     if ends and begins and min(begins) < max(ends):
         return "all ranks make them at once: let the others wait until rank 0 has made them."
+    before = [
+        collectives(rank[: rank.index(made[0])])
+        for rank, made in zip(notes, maps, strict=True)
+        if made
+    ]
+    if any(len(calls) > len(before[0]) for calls in before[1:]):
+        return But(
+            f"the others wait for them in a collective ({before[-1][-1][0]}), which gives up after "
+            "minutes, and making the rows of much data takes hours: let them ask the store."
+        )
+    return None
+
+
+def why_not_a_run_each(notes):
+    """wandb: what ranks have begun."""
+    begun = [note["wandb"] for rank in notes for note in rank if "wandb" in note]
+    if len(begun) > len(set(begun)):
+        return But(
+            f"{len(begun)} ranks write to one ({begun[0]}): the last one wins. An id per rank, or "
+            'mode="disabled" on all but rank 0.'
+        )
     return None
 
 
@@ -96,10 +122,10 @@ def why_not_the_rows(right, notes):
     mine = rows_of(notes)
     if same_rows(mine, right):
         return None
-    told = [n["num_replicas"] for rank in notes for n in rank if n.get("call") == "__init__"]
+    told = [note for rank in notes for note in rank if "num_replicas" in note]
     ranks = [rows_of([rank], GLOBAL_BATCH // RANKS) for rank in notes]
     if all(one == other for one, other in zip(*ranks, strict=False)):  # up to where one died
-        if 1 in told:
+        if any(note["num_replicas"] == 1 for note in told):
             return (
                 "every rank reads the same data: the sampler is told of one process "
                 "(num_replicas=1). Without num_replicas and rank it asks the group."
@@ -117,8 +143,24 @@ def why_not_the_rows(right, notes):
         if len(unseen) > GLOBAL_BATCH // 2:  # of the rows that are left over
             return "the second epoch begins too late: where does each rank's part of it end?"
         return "the second epoch is wrong, the first is right: does the sampler know the epoch?"
-    if sorted(sum(mine[:EPOCH], [])) == sorted(sum(right[:EPOCH], [])):
-        return "the rows are right, but in another order: another seed, or another interleaving?"
+    one, other = (sum(rank[:EPOCH], []) for rank in ranks)
+    if all(part == sorted(part) for part in (one, other)):
+        return "they are in the order of the file: shuffle, as stage 01 does."
+    if set(one) & set(other):
+        return (
+            "the ranks' rows overlap: each shuffles in another way. One seed for all of them, and "
+            "then each takes its share."
+        )
+    if sorted(sum(ranks[0][:RANKS], [])) == sorted(right[0]):
+        return (
+            "rank 0 reads in two steps what all ranks together should read in the first: its share "
+            "is a contiguous block. Take every second row: rank, rank + world size, ..."
+        )
+    if any(note["seed"] != SEED for note in told):
+        return (
+            f"they are shuffled by another seed: this run has --seed {SEED}, and the sampler is "
+            f"told {told[0]['seed']}: seed=args.seed."
+        )
     return "the ranks do not read the rows of stage 01: seed, drop_last, and who takes which?"
 
 
@@ -137,11 +179,9 @@ def why_not_the_same_rows(right, notes):
     return None
 
 
-def why_not_shared(curve, mine, notes, parameters):
-    """Tensor parallelism: the metrics of the first steps, and what each rank's parameters did.
-
-    parameters: how many stage 01 has.
-    """
+def why_not_shared(reference, mine, notes):
+    """Tensor parallelism: the metrics of the first steps, and what each rank's parameters did."""
+    curve, parameters = reference.curve, reference.parameters
     right, first, last = curve[1], mine[0], mine[-1]
     steps = [steps_of(rank) for rank in notes]
     if not all(steps):
@@ -160,11 +200,16 @@ def why_not_shared(curve, mine, notes, parameters):
     loss = first["loss"] / right["loss"]
     if near(loss, RANKS) or near(loss, 1 / RANKS):
         return f"the loss is {loss:.2g} times what it should be: all have it, so none adds up."
+    if not near(loss, 1) and near(first["loss"], reference.loss_with_biases_of_all()):
+        return (
+            "the loss of step 1 is that of a model whose o and down have twice their bias: each "
+            "rank adds it before the all-reduce. Add it once, after it."
+        )
     if not near(loss, 1):
         return (
-            "the loss of step 1 is wrong, so the forward pass is. Rows of q, k, v, gate and up, "
-            "columns of o and down, of this rank; one all-reduce after o and one after down (a "
-            "bias there is added once, after it)."
+            "the loss of step 1 is wrong, so the forward pass is. Rows of q, k, v, gate and up "
+            "(and of their biases), columns of o and down, of this rank; one all-reduce after o "
+            "and one after down."
         )
     # The optimizer has seen the gradients after clipping, by the norm that was logged; or each rank
     # has clipped by its own, and now has a norm of 1.
@@ -218,7 +263,7 @@ def why_not_sharded(notes):
     modules = [note["module"] for note in notes[0] if note.get("call") == "fully_shard"]
     if not modules:
         return "nothing is sharded: fully_shard(block) for each block, then fully_shard(model)."
-    if not steps_of(notes[0])[0]["parts"]:
+    if not is_sharded(notes):
         return "the optimizer still has the whole parameters: make it after fully_shard."
     if len(modules) == 1:
         return (
@@ -231,6 +276,12 @@ def why_not_sharded(notes):
 def why_not_the_curve(curve, mine, notes):
     """The metrics of the first steps."""
     (right, first), last = (curve[1], mine[0]), mine[-1]
+    begin = {steps_of(rank)[0]["weights"] for rank in notes}
+    if not near(first["loss"], right["loss"]) and len(begin) > 1 and not is_sharded(notes):
+        return (
+            "each rank starts from weights of its own (here no seed makes them equal): when you "
+            "wrap the model, send rank 0's to all, dist.broadcast(tensor, src=0), buffers too."
+        )
     loss, norm = (first[key] / right[key] for key in ("loss", "grad_norm"))
     if not near(loss, 1) and near(norm, 1):
         if near(loss, MICRO_STEPS) or near(loss, 1 / MICRO_STEPS):
@@ -275,7 +326,7 @@ def why_not_the_gradients(norm, notes):
     first = [until_first_step(rank) for rank in notes]
     calls = [note["call"] for note in first[0] if "call" in note]
     step, clip = ([rank[key] for rank in map(summary, first)] for key in ("step", "clip"))
-    if steps_of(notes[0])[0]["parts"] and norm < 1:
+    if is_sharded(notes) and norm < 1:
         return "the norm of the gradients is that of one rank's parts: add up the squares of all."
     if calls.count("clip") > 1:
         return (
@@ -383,12 +434,17 @@ def why_not_the_next_rows(right, notes):
             "it reads rows again that it has had: step x global batch says which epoch it is and "
             "where in it to go on."
         )
+    if sorted(resumed[0]) in map(sorted, right[STOP + 1 :]):
+        return (
+            "it leaves out rows: a rank's list holds its own rows only, and position counts those "
+            "of all ranks. Divide it by the world size."
+        )
     return "it reads other rows: are the epoch, and the position in it, restored?"
 
 
 def why_not_resumed(curve, mine, notes):
     weights = [steps_of(rank)[0]["weights"] for rank in notes]
-    if len(set(weights)) > 1 and not steps_of(notes[0])[0]["parts"]:
+    if len(set(weights)) > 1 and not is_sharded(notes):
         return "the ranks begin with different weights: every rank must load the checkpoint."
     for row in mine:
         right = curve[row["step"]]
@@ -416,6 +472,63 @@ def why_not_its_own_numbers(first, second):
     return "it is not restored: the dropout of a resumed run is another than without the stop."
 
 
+def why_not_with_more_ranks(code, curve, right, mine, notes, said):
+    """What goes wrong on another number of ranks. mine: {step: row}; said: what it said, if so."""
+    if code != 0 or END not in mine:
+        if "global-batch-size" in said or "global_batch_size" in said:
+            return (
+                f"{said}\n         This time without --global-batch-size, and with {MORE_RANKS} "
+                f"ranks x -b {MICRO_BATCH}: does its default grow with the ranks?"
+            )
+        if "IndexError" in said or "rng" in said:
+            return (
+                f"{said}\n         The checkpoint has the random states of {RANKS} ranks, and now "
+                f"there are {MORE_RANKS}: rng_of must say how many there were, so that they are "
+                "not used."
+            )
+        return said
+    if not same_rows(rows_of(notes), right[STOP:]):
+        return "it reads other rows: is a number of ranks, or of micro-steps, a constant?"
+    for step in range(STOP + 1, END + 1):
+        if not all(near(mine[step][key], curve[step][key]) for key in ("loss", "grad_norm")):
+            return f"step {step} is the first whose loss or grad_norm differs from stage 01's."
+    return None
+
+
+def why_not_its_gpu(ranks):
+    """The (pretended) GPUs that ranks have taken. ranks: {rank: its notes}"""
+    if not ranks:
+        return "none: it does not come that far without other processes."
+    for notes in ranks.values():
+        local_rank = next((n["local_rank"] for n in notes if "local_rank" in n), 1)
+        taken = {note["gpu"] for note in notes if "gpu" in note}
+        if not taken:
+            return (
+                "none: torch.device only names one. torch.cuda.set_device(device) makes it the "
+                "process's own; before init_process_group."
+            )
+        if taken != {local_rank}:
+            places = f"local rank {local_rank} takes GPU {', '.join(map(str, sorted(taken)))}"
+            return f"{places}: is it LOCAL_RANK, not the rank, nor rank % device_count?"
+    return None
+
+
+def why_not_numbered(ranks):
+    """Stage 04, on the second of two nodes with two processes each. ranks: {rank: its notes}"""
+    sizes = {
+        note["world_size"] for notes in ranks.values() for note in notes if "local_rank" in note
+    }
+    if not sizes:
+        return "none of its processes reaches init_process_group."
+    if sizes != {4}:
+        size = ", ".join(map(str, sorted(sizes)))
+        return f"the world size is {size}: number of nodes x processes of a node."
+    if sorted(ranks) != [2, 3]:
+        found = " and ".join(map(str, sorted(ranks)))
+        return f"they are {found}: rank = node rank x processes of a node + local rank."
+    return None
+
+
 def near(a, b):
     return abs(a - b) <= 1e-3 * abs(b)
 
@@ -440,6 +553,11 @@ def steps_of(notes):
     return [note for note in notes if "step" in note]
 
 
+def is_sharded(notes):
+    """Are the optimizer's parameters parts?"""
+    return steps_of(notes[0])[0]["parts"] > 0
+
+
 def until_first_step(notes):
     return notes[: notes.index(steps_of(notes)[0]) + 1]
 
@@ -452,6 +570,7 @@ def summary(notes):
 
 def tail(output):
     """Return the lines that name an error; without any, the last ones."""
-    lines = output.splitlines()
-    errors = [line for line in lines if re.search(r"(Error|error|Exception): ", line)]
+    lines = [re.sub(r"^E\d{4} \S+ +\d+ \S+\] ?", "", line) for line in output.splitlines()]
+    errors = [line for line in lines if re.search(r"(Error|error|Exception): .", line)]
+    errors = list(dict.fromkeys(errors))  # each rank's, once
     return "\n".join(f"         | {line}" for line in errors[:5] or lines[-10:] or ["nothing"])

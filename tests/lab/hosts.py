@@ -62,6 +62,12 @@ class Hosts:
         self.runs.append(run)
         return run
 
+    def python(self, host, *words, **env):
+        """Start a script with its flags."""
+        if self.forked:
+            return self.fork(host, *words, **env)
+        return self.start(host, sys.executable, *words, **env)
+
     def torchrun(
         self, host, *flags, script="03", processes=1, nnodes="2", options=(), before=None, **env
     ):
@@ -77,9 +83,9 @@ class Hosts:
         env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1} | env
         if not self.forked:
             env = {"WANDB_MODE": None} | env  # as a reader's
-        elif before is None:
-            return self.fork(host, *line, *flags, **env)
-        return self.start(host, *(before or []), sys.executable, *line, *flags, **env)
+        if before is None:
+            return self.python(host, *line, *flags, **env)
+        return self.start(host, *before, sys.executable, *line, *flags, **env)
 
     def both(self, *flags, **options):
         return [self.torchrun(host, *flags, **options) for host in ("node1", "node2")]

@@ -4,7 +4,8 @@ Each rank appends lines to $RECORD/RANK.jsonl: the rows it trains on, that it sa
 takes. With DIE, rank 0 kills itself as soon as a checkpoint is complete. With QUIET, for the
 checker, also the collectives and from which line, and before each optimizer step a digest of
 weights, gradients and random state; and a rank that has noted nothing for QUIET seconds writes to
-RANK.stack where it is.
+RANK.stack where it is. Each rank then makes other weights, as without a seed. With FORKED, mp.spawn
+forks: its processes need not import the libraries again.
 """
 
 import faulthandler
@@ -12,9 +13,13 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import re
+import runpy
 import sys
 import time
+import traceback
+import types
 
 STACKS = []
 
@@ -95,9 +100,11 @@ def watch():
             index = torch.device("cuda", device).index if isinstance(device, int) else device.index
             note(gpu=index)
 
-        def init_process_group(*args, device_id=None, **kwargs):
+        def init_process_group(*args, device_id=None, world_size=None, **kwargs):
             if device_id is not None:
                 take(device_id)
+            size = world_size or os.environ.get("WORLD_SIZE", 0)
+            note(world_size=int(size), local_rank=int(os.environ.get("LOCAL_RANK", 0)))
             os._exit(0)  # far enough
 
         torch.cuda.is_available = lambda: True
@@ -110,20 +117,25 @@ def watch_closely():
     import torch
     import torch.distributed as dist
     import torch.distributed.fsdp as fsdp
+    import torch.distributed.run as launcher
+    import torch.multiprocessing as mp
+    import wandb
     from datasets import Dataset
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel as DDP
     from torch.optim.optimizer import register_optimizer_step_pre_hook
     from torch.utils.data import DistributedSampler
+    from transformers import AutoModelForCausalLM
 
     if "RANK" in os.environ:
         note(began=True)
     rows_from, clip = Dataset.map, torch.nn.utils.clip_grad_norm_
-    backward = torch.Tensor.backward
+    backward, from_config = torch.Tensor.backward, AutoModelForCausalLM.from_config
+    wandb_init = wandb.init
 
     def noted_map(self, function=None, *args, **kwargs):
         began = time.time()
-        if os.environ.get("RANK") == "0":
+        if os.environ.get("RANK") == "0" and "DIE" in os.environ:  # in the first run
             time.sleep(1)  # whoever does not wait for rank 0 is seen to begin meanwhile
         rows = rows_from(self, function, *args, **kwargs)
         note(map=[began, time.time()], module=getattr(function, "__module__", None))
@@ -159,8 +171,22 @@ def watch_closely():
             ],
         )
 
+    def other_weights(*args, **kwargs):
+        model = from_config(*args, **kwargs)
+        for parameter in model.parameters():  # of rank 0, or an outline: as they are
+            parameter.data *= 1 + int(os.environ.get("RANK", 0)) / 2
+        return model
+
+    def noted_wandb(*args, **kwargs):
+        if kwargs.get("mode", "online") != "disabled":
+            note(wandb=kwargs.get("id"))
+        return wandb_init(*args, **kwargs | {"mode": "disabled"})
+
     Dataset.map, torch.nn.utils.clip_grad_norm_ = noted_map, noted_clip
-    torch.Tensor.backward = noted_backward
+    torch.Tensor.backward, wandb.init = noted_backward, noted_wandb
+    AutoModelForCausalLM.from_config = other_weights
+    if "FORKED" in os.environ:
+        mp.spawn, launcher.run_script_path = spawn_by_fork, run_script
     register_optimizer_step_pre_hook(before_step)
     for name in COLLECTIVES:
         noted(dist, name)
@@ -174,8 +200,34 @@ COLLECTIVES = ["all_reduce", "broadcast", "barrier", "all_gather", "all_gather_o
 COLLECTIVES += ["broadcast_object_list", "all_gather_into_tensor", "reduce_scatter_tensor"]
 
 
-def told(self, dataset, num_replicas=None, rank=None, *args, **kwargs):
-    return {"num_replicas": num_replicas}
+def told(self, dataset, num_replicas=None, rank=None, shuffle=True, seed=0, *args, **kwargs):
+    return {"num_replicas": num_replicas, "shuffle": shuffle, "seed": seed}
+
+
+def run_script(script, *flags):
+    """Do what a rank of torchrun does that is forked, but show each rank's traceback, as usual."""
+    sys.argv = [script, *flags]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def spawn_by_fork(function, args=(), nprocs=1, join=True, daemon=False):
+    """Do what mp.spawn does, but for the imports of the libraries."""
+    import torch.multiprocessing as mp
+
+    what = pickle.dumps((function, args)), os.path.abspath(sys.argv[0])
+    return mp.start_processes(as_if_spawned, what, nprocs, join, daemon, "fork")
+
+
+def as_if_spawned(local_rank, pickled, script):
+    main = types.ModuleType("__mp_main__")
+    main.__dict__.update(runpy.run_path(script, run_name="__mp_main__"))
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
+    function, args = pickle.loads(pickled)
+    function(local_rank, *args)
 
 
 by_multiprocessing = re.search("spawn_main|forkserver", str(sys.orig_argv))
