@@ -24,9 +24,10 @@ from lab.stages import (
     run,
     worst_difference,
 )
+from pages.update_readmes import scripts_of
 
 RUN = "torch.distributed.run"  # what torchrun starts
-READMES = sorted([ROOT / "README.md", *ROOT.glob("*/*.md")])
+READMES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")])
 
 
 def commands():
@@ -70,10 +71,12 @@ def test_every_command_runs_or_at_least_parses(readme, line, corpus, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(corpus / "text", home / "my-texts")
     arguments = [word.replace("~", str(home)) for word in arguments]
+    mine = script.startswith("my_")  # what the reader writes has the flags of the stage
+    if mine:
+        script = "train_llm_sharded.py" if readme.name == "sharding.md" else "train_llm.py"
     if f"as `{script}`" in readme.read_text():
         return  # the page has it, and a test of its own runs it
-    mine = script.startswith("my_")  # what the reader writes has the flags of the stage
-    path = (readme.parent / script.removeprefix("my_")).resolve()
+    path = (readme.parent / script).resolve()
     assert path.is_file(), f"{readme}: no such script: {script}"
     several = mine or "--nnodes" in [*launcher, *arguments] or "srun" in launcher or "RANK" in env
     if path.name == "check_cluster.py" or several:
@@ -129,7 +132,8 @@ def test_the_smallest_ddp_program_averages_the_gradients(tmp_path):
 
 def test_the_lines_that_matter_make_stage_02_of_stage_01(flags, alone, tmp_path):
     script = (ROOT / FOLDERS["01"] / "train_llm.py").read_text()
-    script = apply(blocks_of("02-multi-gpu/README.md", "diff")[0], script)
+    (diff,) = [diff for diff in blocks_of("02-multi-gpu/README.md", "diff") if "@@ main" in diff]
+    script = apply(diff, script)
     (tmp_path / "my_train_llm.py").write_text(script)
     line = ["-m", RUN, "--standalone", "--nproc-per-node", 2, "my_train_llm.py"]
     words = [*line, *flags, *STEPS, "-b", 2, "-e", "run"]
@@ -145,7 +149,90 @@ def test_answers_on_paper_are_what_their_program_prints(capsys):
             exec(program, {})
             assert capsys.readouterr().out == answer, readme
             answers += 1
-    assert answers == 6
+    assert answers == 7
+
+
+@pytest.mark.parametrize("page", [page for page in READMES if "begin hunks" in page.read_text()])
+def test_the_hunks_of_a_page_make_its_script(page, tmp_path):
+    form = r"<!-- begin hunks: [^\n]* -->\n```diff\n(.*?)```\n<!-- end hunks -->"
+    hunks = re.findall(form, page.read_text(), re.DOTALL)
+    script, before = scripts_of(page)
+    mine = shutil.copy(before, tmp_path)
+    subprocess.run(["patch", mine], input="".join(hunks), text=True, check=True)
+    assert Path(mine).read_text() == script.read_text()
+
+
+def words_in(text, also_code=True):
+    """Return how many words a reader has before him: without diffs, and what makes folds."""
+    hidden = r"```diff\n.*?```|<!--.*?-->|</?(details|summary)>" + (
+        "" if also_code else "|```.*?```"
+    )
+    return len(re.sub(hidden, "", text, flags=re.DOTALL).split())
+
+
+def test_pages_are_short_enough():
+    pages = {readme: readme.read_text() for readme in READMES}
+    words = {readme: words_in(text) for readme, text in pages.items()}
+    for readme, number in words.items():
+        assert number <= 3000, f"{readme}: {number} words"
+        reading, _, exercises = pages[readme].partition("## Exercises")
+        if exercises and readme.parent.name in FOLDERS.values():
+            prose = words_in(reading, also_code=False)
+            assert prose <= 1200, f"{readme}: {prose} words of prose before the exercises"
+    assert sum(words.values()) <= 21500, words
+
+
+def minutes_of(readme):
+    """Return {number: minutes} of a page's exercises."""
+    found = re.findall(r"^\*\*(\d+)\. [^*]*\*\* \(([^)]*)\)", readme.read_text(), re.MULTILINE)
+    return {int(number): sum(map(int, re.findall(r"(\d+) minutes", how))) for number, how in found}
+
+
+def test_the_minutes_of_a_class_add_up():
+    pages = {"job_scripts": "job_scripts/README.md", "sharding": "03-multi-node/sharding.md"}
+    pages["two_dimensions"] = "03-multi-node/two_dimensions.md"
+    pages |= {stage: f"{folder}/README.md" for stage, folder in FOLDERS.items()}
+    text, shares = (ROOT / "TEACHING.md").read_text(), []
+    for hours, plan in re.findall(r"\*\*(\w+) hours\*\*\n\n(.*?)\n\n", text, re.DOTALL):
+        rows = [row.strip("| ").split(" | ") for row in plan.splitlines()[2:]]
+        assert (
+            sum(int(minutes) for minutes, _ in rows)
+            == 60 * {"Two": 2, "Four": 4, "Eight": 8}[hours]
+        )
+        for minutes, what in rows:
+            exact = re.fullmatch(r"exercises? ([\d, and]+) of (\w+)", what)
+            if exact:
+                known = minutes_of(ROOT / pages[exact[2]])
+                assert sum(known[int(n)] for n in re.findall(r"\d+", exact[1])) == int(minutes), (
+                    what
+                )
+        theirs = sum(int(m) for m, what in rows if "xercise" in what)
+        shares.append(
+            round(100 * theirs / sum(int(m) for m, w in rows if w not in ("break", "lunch")))
+        )
+    assert "Exercises are {}, {} and {} % of the time".format(*shares) in text
+    (tonight,) = re.findall(
+        r"\| minutes \| do \|\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert sum(map(int, re.findall(r"^\| (\d+) \|", tonight, re.MULTILINE))) == 180
+
+
+def test_the_handout_has_no_solutions(tmp_path):
+    line = [sys.executable, ROOT / "tests" / "pages" / "handout.py", "03"]
+    subprocess.run([*line, tmp_path / "handout"], check=True)
+    texts = {path: path.read_text() for path in tmp_path.rglob("*.md")}
+    assert len(texts) > 8
+    for path, text in texts.items():
+        assert "```diff\n@@" not in text and "olution</summary>" not in text, path
+        assert "nswer</summary>" not in text and "see, and why" not in text, path
+    scripts = {str(path.relative_to(tmp_path / "handout")) for path in tmp_path.rglob("train_llm*")}
+    assert scripts == {"01-single-gpu/train_llm.py", "02-multi-gpu/train_llm.py"}
+    again = subprocess.run([*line, tmp_path / "handout"], capture_output=True, text=True)
+    assert again.returncode == 1 and "exists: delete it" in again.stderr
+    mine = shutil.copy(SCRIPTS["02"], tmp_path / "handout" / "my_multi_gpu.py")
+    checker = [sys.executable, tmp_path / "handout" / "tests" / "check_exercise.py", "02", mine]
+    done = subprocess.run(checker, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "all 17 hold" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_table_of_lines_is_that_of_the_scripts():

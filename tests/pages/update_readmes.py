@@ -1,8 +1,7 @@
 """Write the parts of the READMEs that come from the code: update_readmes.py [--check]
 
 A part stands between <!-- begin NAME --> and <!-- end NAME -->, or begins with NAME: ARGUMENT.
---check writes nothing and exits
-with 1 if a part is stale.
+--check writes nothing and exits with 1 if a part is stale.
 """
 
 import contextlib
@@ -88,61 +87,6 @@ def measured(section):
     return found, f"(`{command}`; {device}; {versions}; commit {at['commit']}.)"
 
 
-def rows_of(found):
-    """Return the lines of a table of medians and ratios."""
-    for name, row in found["table"].items():
-        ratio, low, high = row["ratio"]
-        spread = "" if name == found["to"] else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
-        median = f"{row['median']:,.0f}" if row["median"] > 100 else f"{row['median']:.1f}"
-        yield f"| {name} | {median} | {spread} |"
-
-
-def medians(section, *columns):
-    """Return the function that makes a section's table of medians and ratios."""
-
-    def table(page, _):
-        found, line = measured(section)
-        head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        return "\n".join([*head, *rows_of(found), "", line])
-
-    return table
-
-
-def scaling(page, _):
-    found, line = measured("scaling")
-    lines = ["| all cores | tokens/s | of stage 01: median (spread) |", "|---|---|---|"]
-    for batch in ("global batch 8", "global batch 32"):
-        lines += [f"| **{batch}** | | |", *rows_of(found[batch])]
-    return "\n".join([*lines, "", line])
-
-
-def links(page, _):
-    found, line = measured("links")
-    lines = ["| link | global batch | seconds per step | expected | difference | speed |"]
-    lines.append("|---|---|---|---|---|---|")
-    for row in found["table"]:
-        if not row["bits"]:
-            free = row["seconds"]
-        expected, difference = "", ""
-        if row["bits"]:
-            expected, off = f"{row['expected']:.3f}", row["seconds"] / row["expected"] - 1
-            difference = f"{off:+.0%}"
-        cells = [row["link"], row["batch"], f"{row['seconds']:.3f}", expected, difference]
-        lines.append(f"| {' | '.join(map(str, cells))} | {free / row['seconds']:.0%} |")
-    return "\n".join([*lines, "", line])
-
-
-def gpt2(page, _):
-    found, line = measured("gpt2")
-    lines = ["| GPT-2, rows of 1024 tokens | tokens/s | of stage 01 | MFU |", "|---|---|---|---|"]
-    for row, values in zip(rows_of(found), found["table"].values(), strict=True):
-        lines.append(f"{row} {values['mfu']:.0%} |")
-    peak = f"{found['peak'] / 1e12:.3g} TFLOP/s, {found['peak is']}"
-    stop, size = found["seconds per checkpoint"], found["checkpoint bytes"] / 1e9
-    more = f"Batch size {found['batch']}; the peak is {peak}; a checkpoint of {size:.2f} GB takes "
-    return "\n".join([*lines, "", f"{more}{stop:.1f} s.", line])
-
-
 CHECKPOINT = {
     "model": "you start over",
     "optimizer": "AdamW's averages start at zero: the loss jumps",
@@ -167,13 +111,7 @@ def checkpoint(page, _):
     return "\n".join([*lines, "", line])
 
 
-PARTS = {"flags": flags, "hunks": hunks, "scaling": scaling, "links": links, "gpt2": gpt2}
-PARTS |= {
-    "checkpoint": checkpoint,
-    "ceiling": medians("ceiling", "one process", "tokens/s", "of the bare loop: median (spread)"),
-    "rows": medians("rows", "making rows", "tokens/s", "of one process: median (spread)"),
-    "start": medians("start", "from the command to the first step", "seconds", "of a warm start"),
-}
+PARTS = {"flags": flags, "hunks": hunks, "checkpoint": checkpoint}
 
 
 def main():
