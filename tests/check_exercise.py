@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def main():
     parser.add_argument("scripts", type=Path, nargs="+", metavar="script", help="yours")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, at the end")
     args = parser.parse_args()
-    say = Say(sys.stderr if args.json else sys.stdout)
+    say = partial(print, flush=True, file=sys.stderr if args.json else sys.stdout)
     for script in args.scripts:
         if not script.is_file():
             parser.error(f"{script}: no such file")
@@ -99,14 +100,6 @@ def check(stage, script, right, folder, say):
             text = f"the first part holds, all {len(parts) - 1}; the second asks for overlap"
     say(text)
     return {"script": str(script), "all hold": not wrong, "in short": text, "parts": parts}
-
-
-class Say:
-    def __init__(self, file):
-        self.file = file
-
-    def __call__(self, text):
-        print(text, file=self.file, flush=True)
 
 
 class Reference:

@@ -18,7 +18,7 @@ STAGES = {
     "sharded": "03-multi-node/train_llm_sharded.py",
     "tp": "03-multi-node/train_llm_2d.py",
 }
-NOT_FOR_THEM = ("TEACHING.md", ".ci/", "tests/test_", "tests/conftest.py", "tests/pages/")
+NOT_FOR_THEM = ("TEACHING.md", ".ci/", ".github/", "tests/test_", "tests/conftest.py", "tests/pages/")
 HIDDEN = r"<details><summary>(?!--help|Show them).*?</details>\n+"
 
 
