@@ -445,7 +445,7 @@ def load_checkpoint(path, flags):
     """Return the checkpoint; exit if it is damaged or was made with other flags or data."""
     if not zipfile.is_zipfile(path):
         sys.exit(f"error: {path} is damaged: put back a copy, or delete it to start over")
-    # mmap: of the file, which holds whole tensors, a rank only reads what it keeps.
+    # mmap: its whole tensors come into memory one after the other, as keep_parts cuts them.
     checkpoint = torch.load(path, map_location="cpu", mmap=True)
     for name, old in checkpoint["flags"].items():
         if flags[name] != old:

@@ -18,7 +18,7 @@
 # state; with another folder you get another pair of hosts.
 set -euo pipefail
 
-state=${TWO_HOSTS:-${TMPDIR:-/tmp}/two_hosts-$(id -u)}
+state=${TWO_HOSTS:-${TMPDIR:-/tmp}/two_hosts-${SUDO_UID:-$(id -u)}}
 declare -A address=([node1]=10.77.0.1 [node2]=10.77.0.2)
 
 if [ "$(id -u)" = 0 ]; then

@@ -8,7 +8,7 @@
 
 # ---- your site: change these; what is given from outside wins ------------------------------------
 on_each_host_first() {
-    : # module load python cuda
+    : # module load python/3.11
     # export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0
     # export HF_HOME=/scratch/$USER/huggingface HF_HUB_OFFLINE=1
 }

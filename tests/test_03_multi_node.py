@@ -15,6 +15,7 @@ import pytest
 import torch
 from lab.hosts import (
     REFERENCE,
+    TWO_HOSTS,
     assert_seen,
     descendants,
     finish,
@@ -483,6 +484,13 @@ def test_plain_python_lacks_what_torchrun_sets(flags):
     assert_seen("KeyError: 'RANK'", done.stderr.splitlines()[-1])
 
 
+def test_processes_per_gpu_without_a_gpu():
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu", "script.py"]
+    done = run_forked(line, 60)
+    assert done.returncode == 1
+    assert_seen("Cuda is not available", done.stderr.splitlines()[-1])
+
+
 def test_every_error_that_the_reference_calls_tried_is_tried_here():
     tests = [Path(__file__), Path(__file__).with_name("test_04_manual_spawn.py")]
     source = "".join(path.read_text() for path in tests)
@@ -604,6 +612,15 @@ def test_two_hosts_leaves_nothing_behind(hosts, tmp_path):
     for words, message in {("run", "node1", "true"): "node1 is", ("cut",): "the hosts are"}.items():
         done = hosts(*words, check=False)
         assert done.returncode == 1 and f"error: {message} not running" in done.stdout
+
+
+def test_who_works_as_root_has_two_hosts_of_his_own(tmp_path):
+    env = environment(TMPDIR=tmp_path, SUDO_UID=4242, TWO_HOSTS=None)
+    try:
+        subprocess.run([TWO_HOSTS, "up"], env=env, check=True, stdin=subprocess.DEVNULL)
+        assert [path.name for path in tmp_path.iterdir()] == ["two_hosts-4242"]
+    finally:
+        subprocess.run([TWO_HOSTS, "down"], env=env, check=True)
 
 
 def test_the_readme_s_commands_on_two_hosts(hosts, tmp_path):

@@ -166,6 +166,12 @@ MISTAKES = {
         ("    dist.all_reduce(loss_sum)\n    model", "    model"),
         "val_loss is",
     ),
+    "validation by each rank alone": (
+        ("    dist.all_reduce(loss_sum)\n    model", "    model"),
+        ("loss_sum.item() / len(data)", "loss_sum.item() / len(range(first, len(data), stride))"),
+        ("loss_sum += loss * len(input_ids)", "loss_sum += loss"),
+        "val_loss is",
+    ),
     "one rank leaves out a collective": (
         (
             "        dist.all_reduce(loss_sum)  #",
@@ -237,6 +243,18 @@ MISTAKES = {
     "a position not divided": (
         ("indices[position // world_size :", "indices[position :"),
         "it leaves out rows",
+    ),
+    "an epoch of one rank": (
+        (
+            "// args.global_batch_size * args.global_batch_size\n",
+            "// args.global_batch_size * args.global_batch_size // world_size\n",
+        ),
+        (": epoch_samples // world_size]", ": epoch_samples]"),
+        "the length of an epoch must count those of all ranks",
+    ),
+    "one seed for more ranks": (
+        ("args.seed + rank + world_size * checkpoint", "args.seed + checkpoint"),
+        "some ranks draw the same random numbers",
     ),
     "the random states of one rank": (
         ("== (device.type, world_size)", "== (device.type, 1)"),

@@ -39,7 +39,9 @@ def why_it_stopped(notes, stacks, script, output):
             places = [f"rank {r} enters {c} in {at(line)}" for r, (c, line) in enumerate(calls)]
             text = "\n".join(f"         | {place}" for place in places)
             return f"the ranks enter different collectives:\n{text}\n         It said:\n{said}"
-    return f"it said:\n{said}"
+    lines = re.findall(rf'File "{re.escape(str(script))}", line (\d+)', output)
+    where = f" (in {at(int(lines[-1]))})" if lines else ""
+    return f"it said{where}:\n{said}"
 
 
 def collectives(notes):
@@ -90,7 +92,10 @@ def why_not_made_once(notes):
     ends = [note["map"][1] for note in maps[0]]
     begins = [note["map"][0] for rank in maps[1:] for note in rank]
     if ends and begins and min(begins) < max(ends):
-        return "all ranks make them at once: let the others wait until rank 0 has made them."
+        return (
+            "all ranks make them at once: let the others wait until rank 0 has made them, and says "
+            "so in the store (dist.group.WORLD.get_group_store() has set and check)."
+        )
     before = [
         collectives(rank[: rank.index(made[0])])
         for rank, made in zip(notes, maps, strict=True)
@@ -99,7 +104,8 @@ def why_not_made_once(notes):
     if any(len(calls) > len(before[0]) for calls in before[1:]):
         return But(
             f"the others wait for them in a collective ({before[-1][-1][0]}), which gives up after "
-            "minutes, and making the rows of much data takes hours: let them ask the store."
+            "minutes, and making the rows of much data takes hours. Let them ask the store: "
+            "dist.group.WORLD.get_group_store() has set and check."
         )
     return None
 
@@ -222,7 +228,8 @@ def why_not_shared(reference, mine, notes):
         return (
             "the loss is right, but what both ranks have whole (norms, embedding) gets another "
             "gradient on each: each has a summand of the gradient of what goes into attention and "
-            "MLP; all-reduce it there, in the backward pass."
+            "MLP. All-reduce it there, in the backward pass: after the norm, where the residual "
+            "has branched off."
         )
     cut = [x for rank in squares for x, same in zip(rank, whole, strict=True) if not same]
     true = (sum(shared) + sum(cut)) ** 0.5
@@ -316,7 +323,7 @@ def why_not_the_curve(curve, mine, notes):
                 "right, so what the optimizer did with them was not. Is zero_grad() called once a "
                 "step, clipping done after the last micro-batch?"
             )
-    if "val_loss" in last and not near(last["val_loss"], curve[last["step"]]["val_loss"]):
+    if "val_loss" in last and not near(last["val_loss"], curve[last["step"]]["val_loss"], 1e-5):
         return "val_loss is wrong: each rank has seen a part only; all_reduce the sum, then divide."
     return None
 
@@ -434,12 +441,15 @@ def why_not_the_next_rows(right, notes):
             "it reads rows again that it has had: step x global batch says which epoch it is and "
             "where in it to go on."
         )
-    if sorted(resumed[0]) in map(sorted, right[STOP + 1 :]):
+    if same_rows(resumed[:1], right[EPOCH + RANKS * (STOP - EPOCH) :][:1]):
         return (
             "it leaves out rows: a rank's list holds its own rows only, and position counts those "
             "of all ranks. Divide it by the world size."
         )
-    return "it reads other rows: are the epoch, and the position in it, restored?"
+    return (
+        "it reads other rows: epoch and position come from the samples that all ranks have seen, "
+        "and the length of an epoch must count those of all ranks, too."
+    )
 
 
 def why_not_resumed(curve, mine, notes):
@@ -489,6 +499,11 @@ def why_not_with_more_ranks(code, curve, right, mine, notes, said):
         return said
     if not same_rows(rows_of(notes), right[STOP:]):
         return "it reads other rows: is a number of ranks, or of micro-steps, a constant?"
+    if len({steps_of(rank)[0]["rng"][0] for rank in notes}) < MORE_RANKS:
+        return (
+            "some ranks draw the same random numbers: the saved ones belong to others, so make new "
+            "ones, torch.manual_seed(args.seed + rank + ...)."
+        )
     for step in range(STOP + 1, END + 1):
         if not all(near(mine[step][key], curve[step][key]) for key in ("loss", "grad_norm")):
             return f"step {step} is the first whose loss or grad_norm differs from stage 01's."
@@ -529,8 +544,8 @@ def why_not_numbered(ranks):
     return None
 
 
-def near(a, b):
-    return abs(a - b) <= 1e-3 * abs(b)
+def near(a, b, share=1e-3):
+    return abs(a - b) <= share * abs(b)
 
 
 def same_rows(one, other):
@@ -570,7 +585,7 @@ def summary(notes):
 
 def tail(output):
     """Return the lines that name an error; without any, the last ones."""
-    lines = [re.sub(r"^E\d{4} \S+ +\d+ \S+\] ?", "", line) for line in output.splitlines()]
+    lines = [re.sub(r"^E\d{4} \S+ +\d+ \S+\] ?", "", x).strip() for x in output.splitlines()]
     errors = [line for line in lines if re.search(r"(Error|error|Exception): .", line)]
     errors = list(dict.fromkeys(errors))  # each rank's, once
     return "\n".join(f"         | {line}" for line in errors[:5] or lines[-10:] or ["nothing"])

@@ -18,8 +18,22 @@ STAGES = {
     "sharded": "03-multi-node/train_llm_sharded.py",
     "tp": "03-multi-node/train_llm_2d.py",
 }
-NOT_FOR_THEM = ("TEACHING.md", ".ci/", ".github/", "tests/test_", "tests/conftest.py", "tests/pages/")
-HIDDEN = r"<details><summary>(?!--help|Show them).*?</details>\n+"
+NOT_FOR_THEM = (
+    "TEACHING.md",
+    ".ci/",
+    ".github/",
+    "tests/test_",
+    "tests/conftest.py",
+    "tests/pages/",
+)
+HIDDEN = r"<details><summary>(?!--help|Show them).*?</details>\n+|\n[^\n]*\(TEACHING\.md\)[^\n]*"
+
+HANDOUT = """
+
+*This is a handout: {} come later, so take your own scripts instead. The pages are without
+hunks and solutions.*
+
+"""
 
 
 def main():
@@ -37,8 +51,10 @@ def main():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
         if name.endswith(".md"):
-            text = (ROOT / name).read_text()
-            (folder / name).write_text(re.sub(HIDDEN, "", text, flags=re.DOTALL))
+            text = re.sub(HIDDEN, "", (ROOT / name).read_text(), flags=re.DOTALL)
+            if name == "README.md":
+                text = text.replace("\n\n", HANDOUT.format(", ".join(later)), 1)
+            (folder / name).write_text(text)
     print(f"{folder}: for a class that writes {stage}")
 
 
