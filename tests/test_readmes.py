@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from check_exercise import ALL
 from lab.stages import (
     FOLDERS,
     ROOT,
@@ -179,7 +180,8 @@ def test_pages_are_short_enough():
         if exercises and readme.parent.name in FOLDERS.values():
             prose = words_in(reading, also_code=False)
             assert prose <= 1200, f"{readme}: {prose} words of prose before the exercises"
-    assert sum(words.values()) <= 21500, words
+    prose = sum(words_in(text, also_code=False) for text in pages.values())
+    assert prose <= 18000, prose
 
 
 def minutes_of(readme):
@@ -215,6 +217,16 @@ def test_the_minutes_of_a_class_add_up():
         r"\| minutes \| do \|\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL
     )
     assert sum(map(int, re.findall(r"^\| (\d+) \|", tonight, re.MULTILINE))) == 180
+
+
+def test_pages_give_the_checker_s_own_counts():
+    for stage in ("02", "03", "04"):
+        text = (ROOT / FOLDERS[stage] / "README.md").read_text()
+        counts = re.findall(r"all (\d+) (?:checks )?hold|all (\d+) checks", text)
+        assert {int(one or other) for one, other in counts} == {ALL[stage]}, stage
+    text = (ROOT / FOLDERS["02"] / "README.md").read_text()
+    ((tried, more),) = re.findall(r"\d+ of (\d+) do not hold; (\d+) more", text)
+    assert int(tried) + int(more) == ALL["02"]
 
 
 def test_the_handout_has_no_solutions(tmp_path):
