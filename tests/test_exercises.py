@@ -611,6 +611,16 @@ def test_ctrl_c_ends_all_without_a_traceback(tmp_path):
     assert not list(tmp_path.iterdir()) and not processes_with(f"TMPDIR={tmp_path}")
 
 
+@two_hosts
+@pytest.mark.slow
+def test_sharding_what_all_ranks_have_made_from_one_seed_holds(right_when_sharded, tmp_path):
+    changes = [("load_model(args, weights=rank == 0)", "load_model(args)")]
+    changes.append(("dist.broadcast(tensor.data, 0)", "pass"))
+    script = changed("sharded", tmp_path, *changes)
+    results = dict(Check("sharded", script, right_when_sharded, tmp_path).all())
+    assert len(results) == ALL["sharded"] and not any(results.values()), results
+
+
 @pytest.mark.slow
 def test_without_no_sync_all_holds(right, tmp_path):
     """It costs time, and changes nothing."""

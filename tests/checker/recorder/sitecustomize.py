@@ -4,8 +4,8 @@ Each rank appends lines to $RECORD/RANK.jsonl: the rows it trains on, that it sa
 takes. With DIE, rank 0 kills itself as soon as a checkpoint is complete. With QUIET, for the
 checker, also the collectives and from which line, and before each optimizer step a digest of
 weights, gradients and random state; and a rank that has noted nothing for QUIET seconds writes to
-RANK.stack where it is. Each rank then makes other weights, as without a seed. With FORKED, mp.spawn
-forks: its processes need not import the libraries again.
+RANK.stack where it is. With OTHER_WEIGHTS, each rank makes others, as without a seed. With FORKED,
+mp.spawn forks: its processes need not import the libraries again.
 """
 
 import faulthandler
@@ -173,7 +173,7 @@ def watch_closely():
 
     def other_weights(*args, **kwargs):
         model = from_config(*args, **kwargs)
-        for parameter in model.parameters():  # of rank 0, or an outline: as they are
+        for parameter in model.parameters():  # rank 0's stay as they are
             parameter.data *= 1 + int(os.environ.get("RANK", 0)) / 2
         return model
 
@@ -184,7 +184,8 @@ def watch_closely():
 
     Dataset.map, torch.nn.utils.clip_grad_norm_ = noted_map, noted_clip
     torch.Tensor.backward, wandb.init = noted_backward, noted_wandb
-    AutoModelForCausalLM.from_config = other_weights
+    if "OTHER_WEIGHTS" in os.environ:
+        AutoModelForCausalLM.from_config = other_weights
     if "FORKED" in os.environ:
         mp.spawn, launcher.run_script_path = spawn_by_fork, run_script
     register_optimizer_step_pre_hook(before_step)
