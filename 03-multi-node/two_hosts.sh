@@ -59,7 +59,7 @@ start_switch() {
     unshare "${new_user[@]}" --net sleep infinity < /dev/null > /dev/null 2> "$state/log" &
     echo $! > "$state/switch"
     until [ "$(cat "/proc/$!/comm" 2> /dev/null)" = sleep ]; do
-        kill -0 $! 2> /dev/null || fail "$(cat "$state/log"). Does the kernel ask for root? sudo $0 up"
+        kill -0 $! 2> /dev/null || fail "$(cat "$state/log"). Does the kernel ask for root? Then first: sudo -s"
         sleep 0.01
     done
     on_switch ip link add bridge type bridge
