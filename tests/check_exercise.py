@@ -242,8 +242,8 @@ class Check:
             yield "the ranks draw the same random numbers, for dropout", wrong
 
     def device(self):
-        """Yield whether each rank takes the GPU of its local rank; the GPUs are pretended."""
-        self.say("  ...    your script, up to where it takes a GPU (pretended)")
+        """Yield whether each rank takes the GPU of its local rank; the GPUs are simulated."""
+        self.say("  ...    your script, up to where it takes a GPU (simulated)")
         folder = self.folder / "gpus"
         env = {"GPUS": 3 if self.alike == "03" else 2}
         line = [self.script, *self.flags, *self.right.global_batch]
