@@ -62,14 +62,14 @@ def main(args):
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
-    timeout = timedelta(seconds=args.timeout)
-    dist.init_process_group(backend, device_id=gpu, timeout=timeout)
     # Ranks that share each layer are a group, which has rows of its own as a rank has elsewhere.
     size = args.tensor_parallel = args.tensor_parallel or math.gcd(2, world_size)
     (groups, rest), group = divmod(world_size, size), rank // size
     if rest:
         sys.exit(f"error: --tensor-parallel {size} does not divide {world_size} ranks")
+    backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
+    timeout = timedelta(seconds=args.timeout)
+    dist.init_process_group(backend, device_id=gpu, timeout=timeout)
     kind = dist.ProcessGroupNCCL.Options if on_gpu else dist.ProcessGroupGloo._Options
     options = {0: kind(), 1: kind()}
     options[0]._timeout = options[1]._timeout = timeout  # which a mesh does not know by itself
