@@ -65,7 +65,7 @@ def main(args):
     # Ranks that share each layer are a group, which has rows of its own as a rank has elsewhere.
     size = args.tensor_parallel = args.tensor_parallel or math.gcd(2, world_size)
     (groups, rest), group = divmod(world_size, size), rank // size
-    if rest:
+    if rest or size < 1:
         sys.exit(f"error: --tensor-parallel {size} does not divide {world_size} ranks")
     backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
     timeout = timedelta(seconds=args.timeout)

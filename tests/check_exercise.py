@@ -42,7 +42,7 @@ from lab.stages import (
 from transformers import AutoModelForCausalLM
 
 ALIKE = {"ddp": "02", "sharded": "03", "tp": "02"}  # whose command line and devices they have
-ALL = {"02": 17, "03": 17, "04": 18, "ddp": 18, "sharded": 17, "tp": 8}  # things that should hold
+ALL = {"02": 17, "03": 17, "04": 18, "ddp": 19, "sharded": 17, "tp": 8}  # things that should hold
 
 
 def main():
@@ -139,11 +139,15 @@ class Reference:
         line = command("01", *self.flags, "-b", GLOBAL_BATCH, *flags, "-e", name)
         line += ["--save-dir", str(self.folder)]
         env = recorded(self.folder / f"{name}-notes", ALONE=1)
-        if self.forked:
-            run_forked(line[1:], 180, env).check_returncode()
-        else:
-            subprocess.run(line, env=env, check=True, capture_output=True)
+        self.python(line[1:], 180, env).check_returncode()
         return metrics(self.folder / name)
+
+    def python(self, words, seconds, env):
+        """Do `python WORDS` to its end; return the finished process."""
+        if self.forked:
+            return run_forked(words, seconds, env)
+        line = [sys.executable, *words]
+        return subprocess.run(line, env=env, capture_output=True, timeout=seconds)
 
     def loss_with_biases_of_all(self):
         """Return the first loss if each rank adds the biases of what ends in an all-reduce."""
@@ -215,12 +219,16 @@ class Check:
         if self.stage == "sharded":
             wrong = mistakes.why_not_sharded(notes)
             yield "each rank keeps a part of every parameter, block by block", wrong
-        wrong = wrong or mistakes.why_not_the_curve(self.right.curve, mine[:STOP], notes)
+            if wrong:
+                return
+        wrong = mistakes.why_not_the_curve(self.right.curve, mine[:STOP], notes)
         yield "the losses are those of stage 01", wrong
         if wrong:
             return
         if self.stage != "sharded":
             yield "weights and gradients are equal on all ranks", mistakes.why_not_equal(notes)
+        if self.stage == "ddp":
+            yield "the averaging is your own", mistakes.why_not_your_own(notes)
         wrong = mistakes.why_not_other_numbers(notes)
         yield "each rank draws random numbers of its own, for dropout", wrong
         path = self.run_dir / "checkpoint.pt"
@@ -256,11 +264,7 @@ class Check:
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "GROUP_RANK": rank // 2}
         env, line = self.recorded(folder, **env), list(map(str, line))
         with suppress(subprocess.TimeoutExpired):  # it has taken none
-            if self.right.forked:
-                run_forked(line, self.right.limit, env)
-            else:
-                line = [sys.executable, *line]
-                subprocess.run(line, env=env, capture_output=True, timeout=self.right.limit)
+            self.right.python(line, self.right.limit, env)
         ranks = {rank: notes for rank, notes in enumerate(notes_of(folder, 4)) if notes}
         if self.stage == "04":
             wrong = mistakes.why_not_numbered(ranks)
@@ -338,11 +342,8 @@ class Check:
             hosts("up")
             if self.alike == "03":
                 return hosts.both(*flags, script=self.script, processes=ranks // 2, **env)
-            flags += ["--nnodes", 2, "--nproc-per-node", ranks // 2, "--master-addr", "node1"]
-            return [
-                hosts.python(f"node{n + 1}", self.script, *flags, "--node-rank", n, **env)
-                for n in range(2)
-            ]
+            how = {"script": self.script, "processes": ranks // 2} | env
+            return [hosts.spawn(f"node{n + 1}", n, *flags, **how) for n in range(2)]
         stages_own = str(ROOT / FOLDERS[self.alike] / "train_llm.py")
         line = command(self.alike, *flags, processes=ranks)
         line[line.index(stages_own)] = str(self.script)

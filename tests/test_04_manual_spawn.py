@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lab.hosts import Hosts, assert_seen, children, finish, wait_for, why_not
+from lab.hosts import assert_seen, children, finish, wait_for, why_not
 from lab.stages import (
     FOLDERS,
     ROOT,
@@ -38,14 +38,6 @@ needs_hosts = pytest.mark.skipif(bool(REASON) and "CI" not in os.environ, reason
 TIMEOUT = 6
 
 
-@pytest.fixture
-def hosts(tmp_path):
-    hosts = Hosts(tmp_path)
-    hosts("up")
-    yield hosts
-    hosts.down()
-
-
 def run(*flags, processes=1, fails=False, **env):
     """Run stage 04 to its end. The launcher is forked; its processes start as the reader's do."""
     line = command("04", *flags, processes=processes)[1:]
@@ -58,16 +50,10 @@ def last_line(text):
     return text.strip().splitlines()[-1]
 
 
-def spawn(hosts, host, node_rank, *flags, processes=1):
-    """Start stage 04 on one of the two hosts."""
-    more = ["--nnodes", 2, "--node-rank", node_rank, "--nproc-per-node", processes]
-    return hosts.fork(host, SCRIPT, "--master-addr", "node1", *flags, *more)
-
-
 @needs_hosts
 def test_same_loss_curve_on_two_hosts_also_if_node_0_comes_last(hosts, flags, alone, tmp_path):
     flags += [*STEPS, "-b", 1, "-e", "run"]
-    second = spawn(hosts, "node2", 1, *flags, processes=2)
+    second = hosts.spawn("node2", 1, *flags, processes=2)
     network = Path("/proc", (hosts.state / "node1").read_text().strip(), "net", "snmp")
 
     def refused():
@@ -75,7 +61,7 @@ def test_same_loss_curve_on_two_hosts_also_if_node_0_comes_last(hosts, flags, al
         return int(dict(zip(names.split(), values.split(), strict=True))["OutRsts"]) > 0
 
     wait_for(refused, what="node2 asks node1, which does not listen yet")
-    first = spawn(hosts, "node1", 0, *flags, processes=2)
+    first = hosts.spawn("node1", 0, *flags, processes=2)
     outputs = finish(first, second)
     assert [first.returncode, second.returncode] == [0, 0], outputs
     difference = worst_difference(metrics(alone), metrics(tmp_path / "run"))
@@ -195,7 +181,7 @@ def test_an_exception_is_shown_with_its_traceback_and_ends_all(flags, tmp_path):
 @needs_hosts
 def test_a_lost_node_ends_the_other_in_time(hosts, long, tmp_path):
     long += ["--timeout", 2 * TIMEOUT]
-    runs = [spawn(hosts, f"node{node_rank + 1}", node_rank, *long) for node_rank in (0, 1)]
+    runs = [hosts.spawn(f"node{node_rank + 1}", node_rank, *long) for node_rank in (0, 1)]
     rows = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: rows.exists() and rows.read_text().count("\n") > 1, what=rows)
     began = time.monotonic()
@@ -210,8 +196,8 @@ def test_a_lost_node_ends_the_other_in_time(hosts, long, tmp_path):
 def test_a_node_rank_that_is_there_twice_ends_all_in_time(hosts, flags):
     """Torch gives who asks for the store the timeout twice."""
     flags += ["--timeout", TIMEOUT]
-    zeros = [spawn(hosts, host, 0, *flags) for host in ("node1", "node2")]
-    ones = [spawn(hosts, host, 1, *flags, "--master-port", 29600) for host in ("node1", "node2")]
+    zeros = [hosts.spawn(host, 0, *flags) for host in ("node1", "node2")]
+    ones = [hosts.spawn(host, 1, *flags, "--master-port", 29600) for host in ("node1", "node2")]
     outputs = finish(*zeros, *ones, timeout=90)
     assert all(run.returncode for run in (*zeros, *ones)), outputs
     last = [last_line(output) for output in outputs]

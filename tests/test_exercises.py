@@ -509,9 +509,16 @@ def test_a_mistake_in_ddp_by_hand_is_named(right, tmp_path, mistake):
         found = check("ddp", script, right, tmp_path, print)
         assert [part["why"] for part in found["parts"][:-1]] == [None] * (ALL["ddp"] - 1), found
         assert message in found["parts"][-1]["why"]
-        assert found["in short"] == "the first part holds, all 17; the second asks for overlap"
+        assert (
+            found["in short"]
+            == f"the first part holds, all {ALL['ddp'] - 1}; the second asks for overlap"
+        )
     else:
         assert message in one_mistake("ddp", script, right, tmp_path)
+
+
+def test_an_averaging_that_is_torch_s_is_named(right, tmp_path):
+    assert "is torch's DDP" in one_mistake("ddp", source_of("02"), right, tmp_path)
 
 
 TIED = """

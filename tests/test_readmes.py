@@ -228,6 +228,7 @@ def test_pages_give_the_checker_s_own_counts():
     text = (ROOT / FOLDERS["02"] / "README.md").read_text()
     ((tried, more),) = re.findall(r"\d+ of (\d+) do not hold; (\d+) more", text)
     assert int(tried) + int(more) == ALL["02"]
+    assert f"the first part holds, all {ALL['ddp'] - 1};" in text
 
 
 def test_the_handout_has_no_solutions(tmp_path):

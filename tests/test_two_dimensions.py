@@ -192,6 +192,7 @@ def test_another_architecture_is_the_same_or_refused(flags, tmp_path, kind):
 
 REFUSED = {
     "ranks": ({}, ["--tensor-parallel", 3], "--tensor-parallel 3 does not divide 4 ranks"),
+    "fewer than one": ({}, ["--tensor-parallel", -2], "-2 does not divide 4 ranks"),
     "heads": ({"num_key_value_heads": 2}, ["--tensor-parallel", 4], "has 2 key/value heads, and "),
     "width": ({"intermediate_size": 98}, ["--tensor-parallel", 4], "mlp.gate_proj.weight is ("),
     "no plan": ({"kind": "gpt2"}, [], "has no plan that is known here: {}"),

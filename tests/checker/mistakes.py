@@ -405,11 +405,16 @@ def why_not_interchangeable(mine, reference):
     return None
 
 
+def why_not_your_own(notes):
+    """An averaging: is it torch's?"""
+    if any(note.get("call") == "forward" for note in notes[0]):
+        return "the averaging is torch's DDP: here it is to be yours."
+    return None
+
+
 def why_no_overlap(notes):
     """Of an averaging that is not torch's: when its first all-reduce begins."""
     calls = [note["call"] for note in notes[0] if "call" in note]
-    if "forward" in calls:
-        return "the averaging is torch's DDP: here it is to be yours."
     inside = False
     for call in calls:
         if call in ("backward", "end of backward"):

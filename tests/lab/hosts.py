@@ -87,6 +87,12 @@ class Hosts:
             return self.python(host, *line, *flags, **env)
         return self.start(host, *before, sys.executable, *line, *flags, **env)
 
+    def spawn(self, host, node_rank, *flags, script="04", processes=1, **env):
+        """Start stage 04 (or another script) on a host, with the command line of its README."""
+        script = ROOT / FOLDERS[script] / "train_llm.py" if script in FOLDERS else script
+        more = ["--nnodes", 2, "--node-rank", node_rank, "--nproc-per-node", processes]
+        return self.python(host, script, "--master-addr", "node1", *flags, *more, **env)
+
     def both(self, *flags, **options):
         return [self.torchrun(host, *flags, **options) for host in ("node1", "node2")]
 

@@ -44,8 +44,8 @@ def main():
         sys.exit(f"error: {folder} exists: delete it, or take another name")
     later = list(STAGES.values())[list(STAGES).index(stage) :]
     line = ["git", "-C", ROOT, "ls-files", "-z"]
-    names = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, names):
+    listed = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for name in filter(None, listed.split("\0")):
         if name in later or name.startswith(NOT_FOR_THEM):
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
