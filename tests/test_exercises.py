@@ -509,10 +509,8 @@ def test_a_mistake_in_ddp_by_hand_is_named(right, tmp_path, mistake):
         found = check("ddp", script, right, tmp_path, print)
         assert [part["why"] for part in found["parts"][:-1]] == [None] * (ALL["ddp"] - 1), found
         assert message in found["parts"][-1]["why"]
-        assert (
-            found["in short"]
-            == f"the first part holds, all {ALL['ddp'] - 1}; the second asks for overlap"
-        )
+        short = f"the first part holds, all {ALL['ddp'] - 1}; the second asks for overlap"
+        assert found["in short"] == short
     else:
         assert message in one_mistake("ddp", script, right, tmp_path)
 
